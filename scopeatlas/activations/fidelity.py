@@ -1,0 +1,231 @@
+"""Fidelity: how much of the subject model an SAE keeps, from the pass's own moments and from splicing it in.
+
+What belongs here: the figures, and the gate that blocks an SAE before anything is spent on labels. What does not: the
+pass itself (`cache.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch  # the figures are torch through and through; nothing imports this module until they are wanted
+
+from scopeatlas.activations.cache import activation_keys, text_mask
+from scopeatlas.activations.shards import read_shard
+from scopeatlas.corpus.build import Corpus
+from scopeatlas.corpus.documents import SPLITS
+from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
+from scopeatlas.dictionaries.sparse import SparseDictionary
+from scopeatlas.errors import CorpusError
+from scopeatlas.runner.local import Log, silent
+from scopeatlas.storage.files import content_hash, read_json, write_json
+from scopeatlas.storage.store import Store
+from scopeatlas.subject.capture import batches, capture, editing, run_model
+from scopeatlas.subject.loading import SubjectModel
+from scopeatlas.subject.sites import Site
+
+STAGE_VERSION = 1
+SPLICE_TOKENS = 4096
+SPLICE_BATCH = 4
+DENSE_DENSITY = 0.1
+MAX_L0_RATIO = 3.0
+MAX_FVU = 1.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """An SAE's figures over a corpus. Losses are mean next-token cross-entropies in nats on `splice_tokens` tokens.
+
+    fvu: sum |y - y_hat|^2 / sum |y - mean(y)|^2 over unmasked tokens. l0: mean active features a token.
+    dead: share of features that never fire; dense: share that fire on more than a tenth of the tokens.
+    """
+
+    tokens: int
+    fvu: float
+    l0: float
+    target_l0: float | None
+    dead: float
+    dense: float
+    splice_tokens: int
+    loss_clean: float
+    loss_spliced: float
+    loss_mean_ablated: float
+    loss_zero_ablated: float
+
+    @property
+    def loss_added(self) -> float:
+        return self.loss_spliced - self.loss_clean
+
+    @property
+    def recovered(self) -> float:
+        """Share of the loss that zero-ablation destroys and the reconstruction keeps."""
+        return 1 - self.loss_added / (self.loss_zero_ablated - self.loss_clean)
+
+    @property
+    def recovered_against_mean(self) -> float:
+        """The same against mean-ablation, which destroys less and so is the harder yardstick."""
+        return 1 - self.loss_added / (self.loss_mean_ablated - self.loss_clean)
+
+    def blocks(self) -> str | None:
+        """Why no money may be spent on this SAE's labels, or None."""
+        if self.fvu >= MAX_FVU:
+            return f"FVU {self.fvu:.2f} is no better than the mean: wrong site, normalisation or subject model?"
+        if self.target_l0 and not 1 / MAX_L0_RATIO <= self.l0 / self.target_l0 <= MAX_L0_RATIO:
+            return f"L0 {self.l0:.1f} is off the release's own {self.target_l0:g} by more than {MAX_L0_RATIO:g}x: wrong site or subject model?"
+        return None
+
+
+def measure_fidelity(
+    store: Store,
+    corpus: Corpus,
+    entries: Sequence[SaeEntry],
+    subject: SubjectModel,
+    *,
+    log: Log = silent,
+) -> dict[str, Fidelity]:
+    """Each SAE's fidelity over a finished activation cache; written to `fidelity.json`, and reused from there."""
+    found: dict[str, Fidelity] = {}
+    splices: _Splices | None = None
+    for entry in entries:
+        keys = activation_keys(corpus, entry, subject)
+        identity = content_hash(STAGE_VERSION, SPLICE_TOKENS, [key.identity for key in keys])
+        path = fidelity_path(store, corpus.id, entry.key)
+        if path.exists() and (body := read_json(path))["identity"] == identity:
+            found[entry.key] = Fidelity(**body["fidelity"])
+            continue
+        splices = splices or _Splices(corpus, subject, log)
+        dictionary = open_dictionary(entry).to(subject.resolved_device)
+        fidelity = Fidelity(**_moments(store, corpus, entry, subject), target_l0=dictionary.target_l0, **splices.losses(dictionary))
+        write_json(path, {"identity": identity, "fidelity": asdict(fidelity)})
+        found[entry.key] = fidelity
+    return found
+
+
+def fidelity_path(store: Store, corpus_id: str, sae: str) -> Path:
+    return store.stage(sae, corpus_id, "activations").root / "fidelity.json"
+
+
+def read_fidelity(store: Store, corpus_id: str, sae: str) -> Fidelity | None:
+    """The fidelity measured last, if any."""
+    path = fidelity_path(store, corpus_id, sae)
+    return Fidelity(**read_json(path)["fidelity"]) if path.exists() else None
+
+
+def _moments(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel) -> dict[str, float | int]:
+    """FVU, L0, dead and dense shares from the records and moments of the shards."""
+    stage = store.stage(entry.key, corpus.id, "activations")
+    tokens = nonzeros = 0
+    sum_y: np.ndarray | float = 0.0
+    sum_y2 = sum_error2 = 0.0
+    fired = np.zeros(0, dtype=np.int64)
+    for key in activation_keys(corpus, entry, subject):
+        record = stage.record(key)
+        with np.load(stage.data_path(key, ".moments.npz")) as moments:
+            tokens += int(moments["tokens"])
+            sum_y = sum_y + moments["sum_y"]
+            sum_y2 += float(moments["sum_y2"])
+            sum_error2 += float(moments["sum_error2"])
+        nonzeros += record.facts["nonzeros"]
+        counts = np.bincount(read_shard(stage.data_path(key, ".parquet")).feature)
+        fired = np.pad(fired, (0, max(0, len(counts) - len(fired)))) + np.pad(counts, (0, max(0, len(fired) - len(counts))))
+    width = open_dictionary(entry).width
+    variance = sum_y2 - float(np.square(sum_y).sum()) / tokens
+    return {
+        "tokens": tokens,
+        "fvu": sum_error2 / variance,
+        "l0": nonzeros / tokens,
+        "dead": 1 - float((fired > 0).sum()) / width,
+        "dense": float((fired > DENSE_DENSITY * tokens).sum()) / width,
+    }
+
+
+class _Splices:
+    """Losses on fixed tokens with the site left alone, replaced by the reconstruction, by the mean and by zero.
+
+    The tokens are the report contexts of lowest id, so they are the same in every run and no SAE of ours trained on
+    them. The clean loss is shared by all SAEs, the ablations by all SAEs of a site.
+    """
+
+    def __init__(self, corpus: Corpus, subject: SubjectModel, log: Log):
+        self.subject, self.log = subject, log
+        self.tokens = _fixed_tokens(corpus)
+        self._ablations: dict[Site, tuple[float, float]] = {}
+        self._clean: float | None = None
+
+    def losses(self, dictionary: SparseDictionary) -> dict[str, float | int]:
+        """The loss figures of one dictionary, as `Fidelity` names them."""
+        site = dictionary.site_out
+        self.log(f"fidelity: splicing the reconstruction in at {site}, {self.tokens.size:,} tokens")
+        if self._clean is None:
+            self._clean = self._loss(None, None)
+        if site not in self._ablations:
+            mean = self._mean(site)
+            self._ablations[site] = (self._loss(site, lambda acts, _: mean.expand_as(acts)), self._loss(site, lambda acts, _: acts * 0))
+        mean_ablated, zero_ablated = self._ablations[site]
+
+        def reconstruct(acts: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+            x = inputs.reshape(-1, inputs.shape[-1])
+            return dictionary.decode(dictionary.encode(x), x).reshape(acts.shape)
+
+        spliced = self._loss(site, reconstruct, dictionary.site_in)
+        return {
+            "splice_tokens": int((self.tokens >= 0).sum()),
+            "loss_clean": self._clean,
+            "loss_spliced": spliced,
+            "loss_mean_ablated": mean_ablated,
+            "loss_zero_ablated": zero_ablated,
+        }
+
+    def _loss(
+        self,
+        site: Site | None,
+        replace: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+        site_in: Site | None = None,
+    ) -> float:
+        """Mean cross-entropy with `replace(activation, input activation)` at `site`; BOS and padding are left alone."""
+        model, device = self.subject.model, self.subject.resolved_device
+        total, count = 0.0, 0
+        for rows in batches(self.tokens, SPLICE_BATCH):
+            tokens = torch.from_numpy(self.tokens[rows]).long().to(device)
+            mask = torch.from_numpy(text_mask(self.tokens[rows], self.subject)).to(device)
+            with torch.no_grad():
+                if site is None or replace is None:
+                    logits = run_model(model, tokens, logits=True)
+                else:
+                    inputs = capture(model, tokens, [site_in])[site_in] if site_in and site_in != site else None
+
+                    def edit(acts: torch.Tensor, inputs=inputs, mask=mask) -> torch.Tensor:
+                        replaced = replace(acts, acts if inputs is None else inputs)
+                        return torch.where(mask.unsqueeze(-1), replaced.to(acts.dtype), acts)
+
+                    with editing(model, site, edit):
+                        logits = run_model(model, tokens, logits=True)
+                targets = torch.where(tokens[:, 1:] >= 0, tokens[:, 1:], -100)
+                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+            total += float(loss)
+            count += int((targets >= 0).sum())
+        return total / count
+
+    def _mean(self, site: Site) -> torch.Tensor:
+        """The mean activation at a site over the fixed tokens, BOS left out."""
+        total, count = 0.0, 0
+        for rows in batches(self.tokens, SPLICE_BATCH):
+            tokens = torch.from_numpy(self.tokens[rows]).long().to(self.subject.resolved_device)
+            mask = torch.from_numpy(text_mask(self.tokens[rows], self.subject)).to(tokens.device)
+            acts = capture(self.subject.model, tokens, [site])[site][mask].double()
+            total, count = total + acts.sum(0), count + len(acts)
+        return (total / count).float()  # type: ignore[union-attr]
+
+
+def _fixed_tokens(corpus: Corpus) -> np.ndarray:
+    """Tokens [n, length] of the report contexts of lowest id, SPLICE_TOKENS in all (fewer if there are not so many)."""
+    loaded = [corpus.contexts(shard) for shard in corpus.shards]
+    ids = np.concatenate([c.ids for c in loaded])
+    splits = np.concatenate([c.splits for c in loaded])
+    tokens = np.concatenate([c.tokens for c in loaded])
+    report = np.flatnonzero(splits == SPLITS.index("report"))
+    if not len(report):
+        raise CorpusError("no report documents in the corpus: raise corpus.fraction or the report share of corpus.splits")
+    chosen = report[np.argsort(ids[report], kind="stable")][: max(1, SPLICE_TOKENS // tokens.shape[1])]
+    return tokens[np.sort(chosen)]

@@ -1,0 +1,262 @@
+"""Putting one SAE's features into the atlas, whole or not at all.
+
+What belongs here: generations on disk, the one upsert per SAE, its ledger, indexes and upkeep. What does not: what a
+feature's row says (`tables.py`), or making its vector (`embedding.py`).
+
+The order is what makes a kill harmless: the generation's parquet, its record, one merge that replaces exactly this
+SAE's rows, indexes, the ledger. Every row carries its generation, so the table itself says what is live in it, and a
+run that died between merge and ledger is recognised rather than repeated or mistaken for the one before.
+"""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scopeatlas.atlas.embedding import Embedder
+from scopeatlas.atlas.tables import (
+    FEATURES,
+    GENERATION,
+    KEY,
+    PUBLICATION_ROW,
+    PUBLICATIONS,
+    VECTOR,
+    checked_rows,
+    connect,
+    database_folder,
+    features_batch,
+    first_line,
+    has_table,
+    newest_publications,
+    open_table,
+    same_layout,
+    stamp_of,
+)
+from scopeatlas.errors import AtlasError, NotReadyError
+from scopeatlas.storage.files import atomic_path, content_hash
+from scopeatlas.storage.records import IDENTITY_LENGTH, ShardKey, StageFolder
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+EXACT_ROWS = 50_000  # up to here a scan is as fast as an index, and exact (reference/lancedb.md, 5)
+_PUBLISH_VERSION = 1  # bump when the same rows would give other bytes
+_SMALL_FRAGMENTS = 20
+_UNINDEXED_ROWS = 100_000
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What one publication did. `reused`: this very generation was live already, and nothing was written."""
+
+    sae: str
+    generation: str
+    rows: int
+    table_version: int
+    path: Path
+    reused: bool
+
+
+def publish(rows: pl.DataFrame, vectors: np.ndarray, *, root: Path, folder: Path, embedder: Embedder) -> Publication:
+    """Make `rows` (one SAE, FEATURE_ROW) with `vectors` [rows, dim] the atlas's rows of that SAE.
+
+    root: the store. folder: where this SAE's generations lie. The generation is the hash of the rows and the embedder;
+    the same rows again write nothing. Killed at any point, the next call finishes the work.
+    Raises AtlasError on rows that do not fit, or if the atlas holds vectors of another embedder.
+    """
+    if vectors.shape != (len(rows), vectors.shape[-1]) or not np.isfinite(vectors).all():
+        raise AtlasError(f"vectors of shape {vectors.shape} for {len(rows)} features; one finite vector per row is needed")
+    rows = checked_rows(rows)
+    order = rows["feature"].arg_sort().to_numpy()
+    rows = rows[order]
+    stamp = embedder.stamp
+    identity = content_hash(_PUBLISH_VERSION, stamp.identity, int(vectors.shape[1]), rows.write_ndjson())
+    stage, key = StageFolder(Path(folder)), ShardKey(FEATURES, identity)
+    with _locked(root, rows["sae"][0]):
+        if not stage.is_done(key):
+            batch = features_batch(rows, vectors[order], generation=identity[:IDENTITY_LENGTH], stamp=stamp)
+            _write_generation(stage, key, batch)
+        return _bring_live(stage.data_path(key, ".parquet"), root=Path(root))
+
+
+def republish(generation: str, *, root: Path, folder: Path) -> Publication:
+    """Make an earlier generation of an SAE live again (a roll-back); touches no other SAE and needs no embedder.
+
+    Raises NotReadyError if `folder` holds no such generation.
+    """
+    stage = StageFolder(Path(folder))
+    records = [r for r in stage.records() if generation and r.key.name == FEATURES and r.key.identity.startswith(generation)]
+    if len(records) != 1 or not stage.is_done(records[0].key):
+        raise NotReadyError(f"{folder} holds no intact generation {generation!r}; publish the SAE again")
+    with _locked(root, records[0].facts["sae"]):
+        return _bring_live(stage.data_path(records[0].key, ".parquet"), root=Path(root))
+
+
+def maintain(root: Path) -> bool:
+    """Compact the tables, fold new rows into the indexes, prune versions past a week and files of killed processes.
+
+    Returns False, having done nothing, if another process is at it.
+    """
+    with _locked(root, "upkeep", wait=False) as held:
+        if held:
+            for name in (FEATURES, PUBLICATIONS):
+                if has_table(root, name):
+                    open_table(root, name).optimize()
+            sweep_unfinished(database_folder(root))
+            sweep_unfinished(Path(root) / "embeddings")
+        return held
+
+
+def sweep_unfinished(folder: Path) -> int:
+    """Delete `.tmp*` files older than a day, which killed writers leave and nobody reads; returns how many."""
+    old = [p for p in Path(folder).rglob(".tmp*") if p.is_file() and time.time() - p.stat().st_mtime > _DAY_S]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return len(old)
+
+
+def _write_generation(stage: StageFolder, key: ShardKey, batch: pa.Table) -> None:
+    sweep_unfinished(stage.root)
+    path = stage.data_path(key, ".parquet")
+    with atomic_path(path) as temporary:
+        # Otherwise lists come back with other field names than the table's, and are of another type to Lance.
+        pq.write_table(batch, temporary, compression="zstd", use_compliant_nested_type=False)
+    stage.commit(key, [path], {"sae": batch["sae"][0].as_py(), "rows": batch.num_rows, "embedder": stamp_of(batch.schema).name})
+
+
+def _bring_live(path: Path, *, root: Path) -> Publication:
+    """From a committed generation to a verified, indexed table and a line in the ledger; each step only if needed."""
+    batch = pq.read_table(path)
+    sae, generation = batch["sae"][0].as_py(), batch[GENERATION][0].as_py()
+    try:
+        features, ledger = _tables(root, batch.schema)
+        live = _is_live(features, batch)
+        newest = newest_publications(ledger).filter(sae=sae)[GENERATION].to_list()
+        reused = live and newest == [generation]
+        if not live:
+            _replace_rows(features, batch)
+        if not reused:
+            _build_indexes(root, features)
+            _append(ledger, batch, features.version)
+            _maintain_if_due(root, features)
+        return Publication(sae, generation, batch.num_rows, features.version, path, reused)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise AtlasError(f"cannot publish {sae} to {database_folder(root)}: {first_line(error)}") from error
+
+
+def _tables(root: Path, schema: pa.Schema) -> "tuple[Table, Table]":
+    """Both tables, created if need be. Raises AtlasError if the atlas was made by another embedder or layout."""
+    with _locked(root, "tables"):
+        for name, wanted in ((FEATURES, schema), (PUBLICATIONS, PUBLICATION_ROW)):
+            if not has_table(root, name):
+                connect(root).create_table(name, schema=wanted)
+    features = open_table(root, FEATURES)
+    if not same_layout(features.schema):
+        raise AtlasError(f"{database_folder(root)} was made by another version of Scope Atlas; move it away and publish again")
+    there, here = stamp_of(features.schema), stamp_of(schema)
+    if there.identity != here.identity:
+        held = f"the atlas at {root} holds vectors of {there.name} ({there.identity[:8]})"
+        raise AtlasError(f"{held}, not of {here.name} ({here.identity[:8]}); use that embedder or another store")
+    return features, open_table(root, PUBLICATIONS)
+
+
+def _of_sae(sae: str, generation: str | None = None) -> str:
+    from lancedb.expr import col, lit
+
+    condition = col("sae") == lit(sae)
+    return (condition if generation is None else condition & (col(GENERATION) == lit(generation))).to_sql()
+
+
+def _is_live(features: "Table", batch: pa.Table) -> bool:
+    """Whether the table holds exactly this generation of the SAE: rows come from one merge, so counts decide."""
+    sae, generation = batch["sae"][0].as_py(), batch[GENERATION][0].as_py()
+    counts = {features.count_rows(_of_sae(sae)), features.count_rows(_of_sae(sae, generation))}
+    return counts == {batch.num_rows}
+
+
+def _replace_rows(features: "Table", batch: pa.Table) -> None:
+    """Replace the SAE's rows in one commit and look at the result. Raises AtlasError if it is not what was asked."""
+    sae = batch["sae"][0].as_py()
+    _merge(features, batch)
+    if not _verified(features, batch):
+        features.delete(_of_sae(sae))  # only keys doubled by a foreign writer come here: a merge would update both copies
+        _merge(features, batch)
+    if not _verified(features, batch):
+        found = features.count_rows(_of_sae(sae))
+        raise AtlasError(f"the atlas holds {found} rows of {sae}, not {batch.num_rows}; is another program writing to it?")
+
+
+def _merge(features: "Table", batch: pa.Table) -> None:
+    merge = features.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
+    # use_index(False): through an index on the key, concurrent writers double rows without an error (reference/lancedb.md 1.1)
+    merge.when_not_matched_by_source_delete(_of_sae(batch["sae"][0].as_py())).use_index(False).execute(batch)
+
+
+def _verified(features: "Table", batch: pa.Table) -> bool:
+    keys = features.search().where(_of_sae(batch["sae"][0].as_py())).select([KEY]).to_arrow()[KEY]
+    return len(keys) == batch.num_rows == len(keys.unique()) and _is_live(features, batch)
+
+
+def _append(ledger: "Table", batch: pa.Table, version: int) -> None:
+    line = {
+        "sae": batch["sae"][0].as_py(),
+        "generation": batch[GENERATION][0].as_py(),
+        "corpus": ", ".join(sorted(batch["corpus"].unique().to_pylist())),
+        "rows": batch.num_rows,
+        "published_at": datetime.now(UTC),
+        "table_version": version,
+        "embedder": stamp_of(batch.schema).identity,
+    }
+    ledger.add(pa.Table.from_pylist([line], schema=PUBLICATION_ROW))
+
+
+def _build_indexes(root: Path, features: "Table") -> None:
+    """Build the indexes that are missing; called after rows are in, since full-text search built empty ranks wrongly."""
+    from lancedb.index import FTS, Bitmap, BTree, IvfSq
+
+    wanted: dict[str, BTree | Bitmap | FTS | IvfSq] = {
+        KEY: BTree(),
+        "feature": BTree(),
+        "sae": Bitmap(),
+        "status": Bitmap(),
+        "method": Bitmap(),
+        "label": FTS(with_position=False),  # positions made optimize() crash (reference/lancedb.md, 4)
+        "search_text": FTS(with_position=False),
+    }
+    if features.count_rows() > EXACT_ROWS:
+        wanted[VECTOR] = IvfSq(distance_type="cosine")
+    with _locked(root, "upkeep"):
+        indexed = {column for index in features.list_indices() for column in index.columns}  # by column: names are not stable
+        for column in wanted.keys() - indexed:
+            features.create_index(column, config=wanted[column])
+
+
+def _maintain_if_due(root: Path, features: "Table") -> None:
+    unindexed = max((index.num_unindexed_rows or 0 for index in features.list_indices()), default=0)
+    fragments = features.stats()["fragment_stats"]  # type: ignore[index]  # annotated as an object, but a dict
+    if fragments["num_small_fragments"] > _SMALL_FRAGMENTS or unindexed > _UNINDEXED_ROWS:
+        maintain(root)
+
+
+@contextmanager
+def _locked(root: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock against every other process on this machine; a killed holder frees it. Yields False if not to be had."""
+    path = database_folder(root) / ".locks" / f"{content_hash(what)[:16]}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

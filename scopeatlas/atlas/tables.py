@@ -1,0 +1,174 @@
+"""What the atlas's tables hold, and opening them.
+
+What belongs here: the schemas, checking rows against them, connecting to LanceDB. What does not: the order in which rows
+are written (`publish.py`), or how they are asked for (`search.py`).
+"""
+
+import json
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from scopeatlas.atlas.embedding import EmbedderStamp, first_line
+from scopeatlas.errors import AtlasError
+
+if TYPE_CHECKING:
+    from lancedb.db import DBConnection
+    from lancedb.table import Table
+
+FEATURES = "features"
+PUBLICATIONS = "publications"
+KEY, VECTOR, GENERATION = "key", "vector", "generation"
+
+FEATURE_ROW = pl.Schema(
+    {
+        "key": pl.String,  # "{sae}/{feature}", the one primary key
+        "release": pl.String,
+        "sae": pl.String,
+        "model": pl.String,
+        "corpus": pl.String,
+        "kind": pl.String,
+        "site": pl.String,
+        "layer": pl.Int16,
+        "feature": pl.Int32,
+        "status": pl.String,
+        "method": pl.String,  # "" where no label was given
+        "label": pl.String,  # "" where it was refused
+        "reads": pl.String,
+        "writes": pl.String,
+        "trigger_tokens": pl.List(pl.String),
+        "promoted": pl.List(pl.String),
+        "suppressed": pl.List(pl.String),
+        "density": pl.Float32,  # share of tokens
+        "max_activation": pl.Float32,
+        "f1": pl.Float32,
+        "f1_low": pl.Float32,
+        "f1_high": pl.Float32,
+        "precision": pl.Float32,
+        "recall": pl.Float32,
+        "balanced_accuracy": pl.Float32,
+        "shuffled_f1": pl.Float32,
+        "report_documents": pl.Int32,
+        "snippets": pl.List(pl.String),  # top windows, «» around the tokens that fire
+        "search_text": pl.String,  # what is embedded
+    }
+)
+NULLABLE = frozenset({"f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1"})
+
+PUBLICATION_ROW = pa.schema(
+    [
+        ("sae", pa.string()),
+        ("generation", pa.string()),
+        ("corpus", pa.string()),
+        ("rows", pa.int64()),
+        ("published_at", pa.timestamp("us", tz="UTC")),
+        ("table_version", pa.int64()),
+        ("embedder", pa.string()),
+    ]
+)
+
+_ARROW: dict[pl.DataType, pa.DataType] = {
+    pl.String(): pa.string(),
+    pl.Int16(): pa.int16(),
+    pl.Int32(): pa.int32(),
+    pl.Float32(): pa.float32(),
+    pl.List(pl.String): pa.list_(pa.string()),
+}
+_STAMP = b"scopeatlas.embedder"
+# Lance reads the primary key off the field, so the table is never without one, not even between two commits.
+_PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
+
+
+def features_schema(dim: int, stamp: EmbedderStamp) -> pa.Schema:
+    """FEATURE_ROW as Arrow, plus `generation` (which publication the row came from) and `vector` float16 [dim]."""
+    fields = [pa.field(name, _ARROW[dtype]) for name, dtype in FEATURE_ROW.items()]
+    fields[0] = pa.field(KEY, pa.string(), nullable=False, metadata=_PRIMARY_KEY)
+    fields += [pa.field(GENERATION, pa.string()), pa.field(VECTOR, pa.list_(pa.float16(), dim))]
+    return pa.schema(fields, metadata={_STAMP: json.dumps(asdict(stamp), sort_keys=True)})
+
+
+def stamp_of(schema: pa.Schema) -> EmbedderStamp:
+    """The embedder that made a table's vectors. Raises AtlasError if the schema does not say."""
+    try:
+        return EmbedderStamp(**json.loads((schema.metadata or {})[_STAMP]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AtlasError("the atlas does not say which embedder made its vectors; delete its folder and publish again") from error
+
+
+def checked_rows(rows: pl.DataFrame) -> pl.DataFrame:
+    """`rows` in FEATURE_ROW's columns and types. Raises AtlasError on rows that are not one SAE's features."""
+    missing = [name for name in FEATURE_ROW if name not in rows.columns]
+    if missing or rows.is_empty():
+        raise AtlasError(f"nothing to publish: {'no rows' if rows.is_empty() else f'no column {missing[0]}'} in the feature rows")
+    try:
+        rows = rows.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_ROW.items())
+    except pl.exceptions.PolarsError as error:
+        raise AtlasError(f"feature rows of the wrong type: {first_line(error)}") from error
+    if rows["sae"].n_unique() != 1:
+        raise AtlasError(f"one SAE is published at a time, these rows are of {sorted(rows['sae'].unique())}")
+    empty = [name for name in FEATURE_ROW if name not in NULLABLE and rows[name].null_count()]
+    if empty:
+        raise AtlasError(f"feature rows of {rows['sae'][0]} have no {empty[0]} for {rows[empty[0]].null_count()} features")
+    wrong = rows.filter(pl.col("key") != pl.format("{}/{}", "sae", "feature"))
+    if not wrong.is_empty():
+        raise AtlasError(f"feature key {wrong['key'][0]!r} should be {wrong['sae'][0]}/{wrong['feature'][0]}")
+    repeated = rows.filter(pl.col("key").is_duplicated())
+    if not repeated.is_empty():
+        raise AtlasError(f"feature {repeated['key'][0]} comes twice in the rows to publish")
+    return rows
+
+
+def features_batch(rows: pl.DataFrame, vectors: np.ndarray, *, generation: str, stamp: EmbedderStamp) -> pa.Table:
+    """The checked rows and their vectors, [rows, dim], as the one Arrow table that is merged."""
+    schema = features_schema(vectors.shape[1], stamp)
+    oldest = pl.CompatLevel.oldest()  # without string views, which Lance does not read
+    columns = [rows[name].to_arrow(compat_level=oldest).cast(_ARROW[dtype]) for name, dtype in FEATURE_ROW.items()]
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).ravel())
+    columns += [pa.array([generation] * len(rows)), pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])]
+    return pa.table(columns, schema=schema)
+
+
+def database_folder(root: Path) -> Path:
+    """Where LanceDB keeps its tables under a store's root."""
+    return Path(root) / "atlas"
+
+
+def connect(root: Path) -> "DBConnection":
+    """A connection whose handles see every commit of every process at once (by default they would see none)."""
+    import lancedb
+
+    return lancedb.connect(database_folder(root), read_consistency_interval=timedelta(0))
+
+
+def has_table(root: Path, name: str) -> bool:
+    """Whether the table has at least one committed version; a creation that was killed leaves a folder without."""
+    return any((database_folder(root) / f"{name}.lance" / "_versions").glob("*.manifest"))
+
+
+def open_table(root: Path, name: str) -> "Table":
+    """Open a table that must exist. Raises AtlasError in one line if it does not or cannot be read."""
+    if not has_table(root, name):
+        raise AtlasError(f"no atlas at {root}: publish an SAE there first, or give the store's root folder")
+    try:
+        return connect(root).open_table(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AtlasError(f"cannot read the atlas at {root}: {first_line(error)}") from error
+
+
+def same_layout(schema: pa.Schema) -> bool:
+    """Whether a table's columns are FEATURE_ROW's, so that this version of Scope Atlas can read and write it."""
+    expected = features_schema(1, EmbedderStamp("", None, ""))
+    pairs = {(f.name, f.type) for f in schema if f.name != VECTOR}
+    return pairs == {(f.name, f.type) for f in expected if f.name != VECTOR}
+
+
+def newest_publications(ledger: "Table") -> pl.DataFrame:
+    """The last line of the ledger for each SAE."""
+    lines = pl.from_arrow(ledger.to_arrow())
+    assert isinstance(lines, pl.DataFrame)  # a table gives a frame; only an array would give a series
+    return lines.sort("table_version", "published_at").group_by("sae", maintain_order=True).last()

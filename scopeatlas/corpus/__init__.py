@@ -1,0 +1,1 @@
+"""From sources of text to the contexts a subject model reads: sources, sampling, splits, contexts."""

@@ -1,0 +1,1 @@
+"""Proposing labels: the rule labeller, LLM explainers, prompts, journal."""

@@ -1,0 +1,1 @@
+"""From activation shards to what is known of each feature: mergeable sketches, examples, promoted tokens."""

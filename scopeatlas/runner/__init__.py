@@ -1,0 +1,1 @@
+"""Mapping a function over shards, with progress that a person can read."""

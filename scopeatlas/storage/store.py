@@ -1,0 +1,98 @@
+"""The layout of a store: one root that holds corpora, what is known of each SAE, and the atlas.
+
+What belongs here: where things lie, and the registry of SAEs with their last errors. What does not: what is in them.
+
+    corpus/<corpus id>/                 contexts and documents, `corpus.json`
+    saes/<sae key>/sae.json             where the SAE's files are and their hashes
+    saes/<sae key>/errors.json          the last error of each stage that failed
+    saes/<sae key>/<corpus id>/<stage>/ activations, examples, labels, scores, publication
+    atlas/  embeddings/                 LanceDB and the embedding cache
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scopeatlas.errors import StoreError, UnknownSaeError
+from scopeatlas.storage.files import read_json, write_json
+from scopeatlas.storage.records import StageFolder
+
+STAGES = ("activations", "examples", "labels", "scores", "publication")
+
+
+@dataclass(frozen=True)
+class Store:
+    """One store. root: its folder, made when something is first written."""
+
+    root: Path
+
+    def corpus_folder(self, corpus_id: str) -> Path:
+        return self.root / "corpus" / corpus_id
+
+    def stage(self, sae: str, corpus_id: str, stage: str) -> StageFolder:
+        return StageFolder(self.root / "saes" / sae / corpus_id / stage)
+
+    def require_writable(self) -> None:
+        """Raises StoreError before any work is spent if nothing can be written here."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".tmp-probe-{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(f"cannot write to the store {self.root}: {error.strerror}; make it writable or set store.root to another folder") from error
+
+    def register(self, key: str, entry: dict[str, Any]) -> bool:
+        """Remember an SAE under its key; returns whether it is new. A key always means the same files."""
+        path = self.root / "saes" / key / "sae.json"
+        if path.exists() and read_json(path) == entry:
+            return False
+        is_new = not path.exists()
+        write_json(path, entry)
+        return is_new
+
+    def registered(self) -> list[str]:
+        """The keys of all SAEs known here."""
+        return sorted(path.parent.name for path in self.root.glob("saes/*/sae.json"))
+
+    def entry(self, sae: str) -> dict[str, Any]:
+        """What was registered for a key. Raises UnknownSaeError listing some that exist."""
+        path = self.root / "saes" / sae / "sae.json"
+        if not path.exists():
+            known = self.registered()
+            listed = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "") if known else "none yet"
+            raise UnknownSaeError(f"no SAE '{sae}' in {self.root}; known: {listed}")
+        return read_json(path)
+
+    def corpora_of(self, sae: str) -> list[str]:
+        """Corpus ids that an SAE has stages for."""
+        folder = self.root / "saes" / sae
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+    def errors(self, sae: str) -> dict[str, str]:
+        """The last error of each stage of an SAE that has failed and not since succeeded."""
+        path = self.root / "saes" / sae / "errors.json"
+        return read_json(path) if path.exists() else {}
+
+    def record_error(self, sae: str, stage: str, message: str | None) -> None:
+        """Remember (or, with None, forget) that `stage` of an SAE failed."""
+        known = self.errors(sae)
+        updated = {name: text for name, text in known.items() if name != stage}
+        if message is not None:
+            updated[stage] = message
+        if updated != known:
+            write_json(self.root / "saes" / sae / "errors.json", updated)
+
+    def bytes_used(self, *parts: str) -> int:
+        """Bytes under a folder of the store."""
+        return sum(path.stat().st_size for path in self.root.joinpath(*parts).rglob("*") if path.is_file())
+
+    def sweep_unfinished(self) -> int:
+        """Delete `.tmp-*` leftovers of killed writers; returns bytes freed. Only call while nothing writes."""
+        freed = 0
+        for path in self.root.rglob(".tmp-*"):
+            freed += path.stat().st_size if path.is_file() else 0
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return freed

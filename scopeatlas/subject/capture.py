@@ -1,0 +1,106 @@
+"""Capturing activations at sites in one forward pass that stops after the last of them, and editing them.
+
+What belongs here: hooks. What does not: which sites (`sites.py`), or what becomes of the activations (`activations/`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scopeatlas.errors import SubjectModelError
+from scopeatlas.subject.sites import Site, resolve_site
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class _AllCaptured(Exception):
+    """Raised inside the forward pass once the last site has been seen."""
+
+
+def capture(
+    model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable[Site]
+) -> dict[Site, "torch.Tensor"]:
+    """Activations [batch, sequence, d] at each site, in the model's dtype, from one forward pass.
+
+    tokens_bs: int64 [batch, sequence], padded at the end with -1. The pass stops after the last site: later layers
+    and the unembedding are never run. Raises SubjectModelError for a site that the model lacks or never reaches.
+    """
+    import torch
+
+    wanted = set(sites)
+    captured: dict[Site, torch.Tensor] = {}
+
+    def keep(site: Site) -> Callable[["torch.Tensor"], None]:
+        def record(activation: torch.Tensor) -> None:
+            captured[site] = activation.detach()
+            if len(captured) == len(wanted):
+                raise _AllCaptured
+
+        return record
+
+    with ExitStack() as hooks, torch.no_grad():
+        for site in wanted:
+            hooks.enter_context(_observing(model, site, keep(site)))
+        try:
+            run_model(model, tokens_bs, logits=False)
+        except _AllCaptured:
+            return captured
+    missing = ", ".join(map(str, sorted(wanted - captured.keys())))
+    raise SubjectModelError(f"the forward pass of {type(model).__name__} never reached {missing}")
+
+
+def run_model(model: "PreTrainedModel", tokens_bs: "torch.Tensor", *, logits: bool) -> "torch.Tensor":
+    """Run the model on end-padded tokens (-1): logits [b, s, vocabulary] in float32, or the last hidden states."""
+    is_token = tokens_bs >= 0
+    inputs = {"input_ids": tokens_bs.clamp(min=0), "attention_mask": is_token.long(), "use_cache": False}
+    if logits:
+        return model(**inputs).logits.float()
+    return model.base_model(**inputs).last_hidden_state
+
+
+@contextmanager
+def editing(
+    model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"], "torch.Tensor"]
+) -> Iterator[None]:
+    """Within this context, `edit` replaces the activation [batch, sequence, d] at `site` in every forward pass."""
+    module = resolve_site(model, site)
+    if site.side == "output":
+        handle = module.register_forward_hook(lambda _m, _args, out: _with_tensor(out, edit(_tensor_of(out))))
+    else:
+        handle = module.register_forward_pre_hook(lambda _m, args: (edit(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _observing(model: "PreTrainedModel", site: Site, record: Callable[["torch.Tensor"], None]) -> Iterator[None]:
+    module = resolve_site(model, site)
+    if site.side == "output":
+        handle = module.register_forward_hook(lambda _m, _args, out: record(_tensor_of(out)))
+    else:
+        handle = module.register_forward_pre_hook(lambda _m, args: record(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensor_of(output: "torch.Tensor | tuple[torch.Tensor, ...]") -> "torch.Tensor":
+    # Decoder layers return a bare tensor in transformers 5, a tuple in 4; attention returns a tuple in both.
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_tensor(output: "torch.Tensor | tuple[torch.Tensor, ...]", tensor: "torch.Tensor"):
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+def batches(tokens: np.ndarray, batch_size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `batch_size` rows: a batch depends on its shard alone."""
+    for start in range(0, len(tokens), batch_size):
+        yield slice(start, min(start + batch_size, len(tokens)))
