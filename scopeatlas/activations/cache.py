@@ -5,7 +5,7 @@ What belongs here: the shared pass and its resumption. What does not: the shard 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import numpy as np
 from scopeatlas.activations.shards import round_values, write_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.contexts import Contexts
+from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary, check_fits
 from scopeatlas.errors import ScopeAtlasError
@@ -58,10 +59,13 @@ def cache_activations(
     entries: Sequence[SaeEntry],
     subject: SubjectModel,
     *,
+    unneeded: Collection[str] = (),
     runner: LocalRunner | None = None,
     log: Log = silent,
 ) -> CacheResult:
     """Encode every pending (SAE, shard) and commit each; finished ones are not touched.
+
+    unneeded: SAE keys of which nothing downstream wants activations any more; their pruned shards stay pruned.
 
     An SAE that cannot be loaded or does not fit is left out, named in `failed` and recorded in the store; the others
     go on. Cost: one forward pass to the last site per shard that any SAE still needs.
@@ -72,7 +76,7 @@ def cache_activations(
     reused = 0
     for entry in entries:
         for shard, key in zip(corpus.shards, activation_keys(corpus, entry, subject), strict=True):
-            if stages[entry.key].is_done(key):
+            if stages[entry.key].is_done(key, or_pruned=entry.key in unneeded):
                 reused += 1
             else:
                 pending.setdefault(shard, {})[entry.key] = key
@@ -128,37 +132,46 @@ def _try_site(dictionary: SparseDictionary, entry: SaeEntry, subject: SubjectMod
 
 
 class _ShardAccumulator:
-    """One SAE's non-zeros and moments over one shard."""
+    """One SAE's non-zeros and, per split, moments over one shard."""
 
-    def __init__(self, dictionary: SparseDictionary):
-        self.dictionary = dictionary
+    def __init__(self, dictionary: SparseDictionary, contexts: Contexts):
+        self.dictionary, self.contexts = dictionary, contexts
         self.scale = dictionary.value_scale
         self.columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.tokens = 0
-        self.sum_y = np.zeros(dictionary.d_out)
-        self.sum_y2 = 0.0
-        self.sum_error2 = 0.0
+        n = len(SPLITS)
+        self.moments = {
+            "tokens": np.zeros(n, dtype=np.int64),
+            "nonzeros": np.zeros(n, dtype=np.int64),
+            "sum_y": np.zeros((n, dictionary.d_out)),
+            "sum_y2": np.zeros(n),
+            "sum_error2": np.zeros(n),
+        }
 
     def add(self, x_td: "torch.Tensor", y_td: "torch.Tensor", positions: np.ndarray) -> None:
         """x_td, y_td: unmasked activations at the input and output site; positions: their places in the shard."""
         acts = self.dictionary.encode(x_td)
         target = y_td.float()
-        error = target - self.dictionary.decode(acts, x_td)
-        self.tokens += len(target)
-        self.sum_y += target.double().sum(0).cpu().numpy()
-        self.sum_y2 += float(target.double().square().sum())
-        self.sum_error2 += float(error.double().square().sum())
-        token = positions[acts.token.cpu().numpy()]
+        error2 = (target - self.dictionary.decode(acts, x_td)).double().square().sum(1).cpu().numpy()
+        token = acts.token.cpu().numpy()
+        split = self.contexts.splits[positions // self.contexts.tokens.shape[1]]
+        targets = target.double().cpu().numpy()
+        for index in np.unique(split):
+            mine = split == index
+            self.moments["tokens"][index] += mine.sum()
+            self.moments["nonzeros"][index] += mine[token].sum()
+            self.moments["sum_y"][index] += targets[mine].sum(axis=0)
+            self.moments["sum_y2"][index] += np.square(targets[mine]).sum()
+            self.moments["sum_error2"][index] += error2[mine].sum()
         rounded = round_values(acts.value.cpu().numpy(), self.scale)
-        self.columns.append((acts.feature.cpu().numpy().astype(np.uint32), token.astype(np.uint32), rounded))
+        self.columns.append((acts.feature.cpu().numpy().astype(np.uint32), positions[token].astype(np.uint32), rounded))
 
     def write(self, stage: StageFolder, key: ShardKey, facts: dict[str, object]) -> None:
         feature, token, rounded = (np.concatenate(column) for column in zip(*self.columns, strict=True))
         data, moments = stage.data_path(key, ".parquet"), stage.data_path(key, ".moments.npz")
         write_shard(data, feature, token, rounded, scale=self.scale)
         with atomic_path(moments) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, tokens=self.tokens, sum_y=self.sum_y, sum_y2=self.sum_y2, sum_error2=self.sum_error2)
-        stage.commit(key, [data, moments], {"tokens": self.tokens, "nonzeros": len(feature), **facts})
+            np.savez(stream, **self.moments)
+        stage.commit(key, [data, moments], {"tokens": int(self.moments["tokens"].sum()), "nonzeros": len(feature), **facts})
 
 
 def _encode_shard(
@@ -172,7 +185,7 @@ def _encode_shard(
     import torch
 
     started = time.monotonic()
-    accumulators = {sae: _ShardAccumulator(dictionary) for sae, dictionary in dictionaries.items()}
+    accumulators = {sae: _ShardAccumulator(dictionary, contexts) for sae, dictionary in dictionaries.items()}
     sites = {site for d in dictionaries.values() for site in (d.site_in, d.site_out)}
     length = contexts.tokens.shape[1]
     for rows in batches(contexts.tokens, BATCH_CONTEXTS):

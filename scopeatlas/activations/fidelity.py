@@ -7,9 +7,9 @@ pass itself (`cache.py`).
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch  # the figures are torch through and through; nothing imports this module until they are wanted
 
 from scopeatlas.activations.cache import activation_keys, text_mask
 from scopeatlas.activations.shards import read_shard
@@ -25,6 +25,9 @@ from scopeatlas.subject.capture import batches, capture, editing, run_model
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import Site
 
+if TYPE_CHECKING:
+    import torch
+
 STAGE_VERSION = 1
 SPLICE_TOKENS = 4096
 SPLICE_BATCH = 4
@@ -38,12 +41,15 @@ class Fidelity:
     """An SAE's figures over a corpus. Losses are mean next-token cross-entropies in nats on `splice_tokens` tokens.
 
     fvu: sum |y - y_hat|^2 / sum |y - mean(y)|^2 over unmasked tokens. l0: mean active features a token.
-    dead: share of features that never fire; dense: share that fire on more than a tenth of the tokens.
+    report_fvu, report_l0: the same over report documents alone, which matters for an SAE that was trained on others
+    of the corpus. dead: share of features that never fire; dense: share that fire on more than a tenth of the tokens.
     """
 
     tokens: int
     fvu: float
     l0: float
+    report_fvu: float
+    report_l0: float
     target_l0: float | None
     dead: float
     dense: float
@@ -115,29 +121,30 @@ def read_fidelity(store: Store, corpus_id: str, sae: str) -> Fidelity | None:
 def _moments(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel) -> dict[str, float | int]:
     """FVU, L0, dead and dense shares from the records and moments of the shards."""
     stage = store.stage(entry.key, corpus.id, "activations")
-    tokens = nonzeros = 0
-    sum_y: np.ndarray | float = 0.0
-    sum_y2 = sum_error2 = 0.0
-    fired = np.zeros(0, dtype=np.int64)
-    for key in activation_keys(corpus, entry, subject):
-        record = stage.record(key)
-        with np.load(stage.data_path(key, ".moments.npz")) as moments:
-            tokens += int(moments["tokens"])
-            sum_y = sum_y + moments["sum_y"]
-            sum_y2 += float(moments["sum_y2"])
-            sum_error2 += float(moments["sum_error2"])
-        nonzeros += record.facts["nonzeros"]
-        counts = np.bincount(read_shard(stage.data_path(key, ".parquet")).feature)
-        fired = np.pad(fired, (0, max(0, len(counts) - len(fired)))) + np.pad(counts, (0, max(0, len(fired) - len(counts))))
+    total: dict[str, np.ndarray] = {}
     width = open_dictionary(entry).width
-    variance = sum_y2 - float(np.square(sum_y).sum()) / tokens
+    fired = np.zeros(width, dtype=np.int64)
+    for key in activation_keys(corpus, entry, subject):
+        stage.record(key)
+        with np.load(stage.data_path(key, ".moments.npz")) as moments:
+            total = {name: total.get(name, 0) + moments[name] for name in moments.files}
+        fired += np.bincount(read_shard(stage.data_path(key, ".parquet")).feature, minlength=width)
+    report = {name: moment[SPLITS.index("report")] for name, moment in total.items()}
+    whole = {name: moment.sum(axis=0) for name, moment in total.items()}
     return {
-        "tokens": tokens,
-        "fvu": sum_error2 / variance,
-        "l0": nonzeros / tokens,
-        "dead": 1 - float((fired > 0).sum()) / width,
-        "dense": float((fired > DENSE_DENSITY * tokens).sum()) / width,
+        "tokens": int(whole["tokens"]),
+        "fvu": _fvu(whole),
+        "l0": float(whole["nonzeros"] / whole["tokens"]),
+        "report_fvu": _fvu(report),
+        "report_l0": float(report["nonzeros"] / max(report["tokens"], 1)),
+        "dead": float((fired == 0).mean()),
+        "dense": float((fired > DENSE_DENSITY * whole["tokens"]).mean()),
     }
+
+
+def _fvu(moments: dict[str, np.ndarray]) -> float:
+    variance = moments["sum_y2"] - np.square(moments["sum_y"]).sum() / max(moments["tokens"], 1)
+    return float(moments["sum_error2"] / variance) if variance > 0 else float("nan")
 
 
 class _Splices:
@@ -164,7 +171,7 @@ class _Splices:
             self._ablations[site] = (self._loss(site, lambda acts, _: mean.expand_as(acts)), self._loss(site, lambda acts, _: acts * 0))
         mean_ablated, zero_ablated = self._ablations[site]
 
-        def reconstruct(acts: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        def reconstruct(acts: "torch.Tensor", inputs: "torch.Tensor") -> "torch.Tensor":
             x = inputs.reshape(-1, inputs.shape[-1])
             return dictionary.decode(dictionary.encode(x), x).reshape(acts.shape)
 
@@ -180,10 +187,12 @@ class _Splices:
     def _loss(
         self,
         site: Site | None,
-        replace: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+        replace: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None",
         site_in: Site | None = None,
     ) -> float:
         """Mean cross-entropy with `replace(activation, input activation)` at `site`; BOS and padding are left alone."""
+        import torch
+
         model, device = self.subject.model, self.subject.resolved_device
         total, count = 0.0, 0
         for rows in batches(self.tokens, SPLICE_BATCH):
@@ -195,7 +204,7 @@ class _Splices:
                 else:
                     inputs = capture(model, tokens, [site_in])[site_in] if site_in and site_in != site else None
 
-                    def edit(acts: torch.Tensor, inputs=inputs, mask=mask) -> torch.Tensor:
+                    def edit(acts: "torch.Tensor", inputs=inputs, mask=mask) -> "torch.Tensor":
                         replaced = replace(acts, acts if inputs is None else inputs)
                         return torch.where(mask.unsqueeze(-1), replaced.to(acts.dtype), acts)
 
@@ -207,8 +216,10 @@ class _Splices:
             count += int((targets >= 0).sum())
         return total / count
 
-    def _mean(self, site: Site) -> torch.Tensor:
+    def _mean(self, site: Site) -> "torch.Tensor":
         """The mean activation at a site over the fixed tokens, BOS left out."""
+        import torch
+
         total, count = 0.0, 0
         for rows in batches(self.tokens, SPLICE_BATCH):
             tokens = torch.from_numpy(self.tokens[rows]).long().to(self.subject.resolved_device)

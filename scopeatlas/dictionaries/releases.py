@@ -7,6 +7,7 @@ What belongs here: from a place to `SaeEntry`s and from an entry to a loaded dic
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from scopeatlas.dictionaries import gemma_scope_2
@@ -62,10 +63,28 @@ def find_saes(root: Path, *, release: str | None = None) -> list[SaeEntry]:
     return entries
 
 
+def refuse_incomplete(root: Path) -> None:
+    """Raises DictionaryError about the first SAE folder under `root` whose files are not whole."""
+    for weights in sorted(p for name in _FORMATS for p in root.rglob(name)):
+        if not _FORMATS[weights.name].is_whole(weights.parent):
+            load_folder(weights.parent)
+
+
 def describe_sae(folder: Path, *, release: str, path: str, revision: str = "") -> SaeEntry:
     """The entry of the SAE in `folder`, its files hashed."""
-    hashes = {name: file_sha256(folder / name) for name in HUB_FILES if (folder / name).exists()}
+    hashes = {name: _sha256_of((folder / name).resolve()) for name in HUB_FILES if (folder / name).exists()}
     return SaeEntry(sae_key(release, path, hashes), release, path, str(folder.resolve()), hashes, revision)
+
+
+def _sha256_of(path: Path) -> str:
+    """A file's hash, remembered while its size and time stay: a watched folder is looked at again and again."""
+    facts = path.stat()
+    return _remembered_sha256(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _remembered_sha256(path: Path, _size: int, _mtime_ns: int) -> str:
+    return file_sha256(path)
 
 
 def fetch_from_hub(repo: str, patterns: Iterable[str], *, revision: str = "main") -> list[SaeEntry]:
@@ -105,7 +124,7 @@ def open_dictionary(entry: SaeEntry) -> SparseDictionary:
         if not path.exists():
             raise DictionaryError(f"{path} is gone; restore it, or drop the SAE {entry.key}")
         if file_sha256(path) != digest:
-            _diagnose(folder)  # a damaged file is named as such; a sound but different one falls through
+            load_folder(folder)  # a damaged file is named as such; a sound but different one falls through
             raise DictionaryError(f"{path} is not the file that {entry.key} was registered with; register it again under a new key")
     return load_folder(folder)
 
@@ -117,6 +136,3 @@ def load_folder(folder: Path) -> SparseDictionary:
             return module.load(folder)
     raise DictionaryError(f"{folder} holds no known weight file ({', '.join(_FORMATS)})")
 
-
-def _diagnose(folder: Path) -> None:
-    load_folder(folder)

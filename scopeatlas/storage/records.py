@@ -58,6 +58,7 @@ class StageFolder:
         """Record `key` as done. Files must already be in place. A record that exists already wins."""
         described = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
         path = self._record_path(key)
+        self._pruned_mark(key).unlink(missing_ok=True)
         if not path.exists():
             body = {"name": key.name, "identity": key.identity, "files": described, "facts": facts}
             with atomic_path(path) as temporary:
@@ -69,6 +70,8 @@ class StageFolder:
         path = self._record_path(key)
         if not path.exists():
             raise NotReadyError(f"{self.root.name} shard {key.name} is not done: no {path}; run that stage first")
+        if self._pruned_mark(key).exists():
+            raise NotReadyError(f"{self.root.name} shard {key.name} was pruned from {self.root}; run that stage again to restore it")
         return self._load(path)
 
     def _load(self, path: Path) -> CommitRecord:
@@ -78,16 +81,33 @@ class StageFolder:
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path} is not a commit record ({error}); delete it and run the stage again") from error
 
-    def is_done(self, key: ShardKey) -> bool:
-        """Whether `key` has a record and all its files are there with the recorded sizes."""
+    def is_done(self, key: ShardKey, *, or_pruned: bool = False) -> bool:
+        """Whether `key` has a record and all its files are there with the recorded sizes.
+
+        or_pruned: a shard whose data was pruned counts as done too, for a caller that needs none of it.
+        """
         path = self._record_path(key)
         if not path.exists():
             return False
+        if self._pruned_mark(key).exists():
+            return or_pruned
         files = self._load(path).files
         intact = all((f := self.root / name).exists() and f.stat().st_size == d["bytes"] for name, d in files.items())
         if not intact:
             path.unlink()  # the shard is to be made again, and its record with it
         return intact
+
+    def prune(self, record: CommitRecord) -> int:
+        """Delete a shard's data but remember that it was done; returns the bytes freed."""
+        self._pruned_mark(record.key).touch()
+        return self._delete_data(record)
+
+    def is_pruned(self, key: ShardKey) -> bool:
+        """Whether a shard was done and its data deleted since."""
+        return self._pruned_mark(key).exists()
+
+    def _pruned_mark(self, key: ShardKey) -> Path:
+        return self.root / f"{key.stem}.pruned"
 
     def pending(self, keys: Iterable[ShardKey]) -> list[ShardKey]:
         """Those of `keys` still to be done, in order."""
@@ -107,11 +127,14 @@ class StageFolder:
         wanted = {key.identity for key in keys}
         return [record for record in self.records() if record.key.identity not in wanted]
 
-    def discard(self, record: CommitRecord, *, keep_record: bool = False) -> int:
-        """Delete a shard's data files, and its record unless asked to keep it; returns the bytes freed."""
+    def discard(self, record: CommitRecord) -> int:
+        """Delete a shard, record first; returns the bytes freed."""
+        self._record_path(record.key).unlink(missing_ok=True)
+        self._pruned_mark(record.key).unlink(missing_ok=True)
+        return self._delete_data(record)
+
+    def _delete_data(self, record: CommitRecord) -> int:
         freed = 0
-        if not keep_record:
-            self._record_path(record.key).unlink(missing_ok=True)
         for name in record.files:
             path = self.root / name
             if path.exists():

@@ -4,7 +4,7 @@ import time
 
 import polars as pl
 import pytest
-from conftest import MLP, RES, TEXTS, feature_rows
+from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 from scopeatlas.atlas import publish as publishing
 from scopeatlas.atlas.embedding import Embedder

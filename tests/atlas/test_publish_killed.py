@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
-from conftest import MLP, RES, TEXTS, feature_rows
+from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 from scopeatlas.atlas.publish import publish
 from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, has_table, open_table

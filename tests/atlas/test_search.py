@@ -3,7 +3,7 @@ import shutil
 
 import polars as pl
 import pytest
-from conftest import MLP, RES, TEXTS, feature_rows
+from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 import scopeatlas
 from scopeatlas.atlas import publish as publishing

@@ -1,0 +1,10 @@
+"""The one partitions definition: an SAE is a partition. Not here: which SAEs there are (the sensor and bootstrap say)."""
+
+import dagster as dg
+
+SAES = dg.DynamicPartitionsDefinition(name="saes")
+
+# SAEs of one run share the subject model's forward pass, so every SAE-partitioned asset carries this same policy.
+SHARED_RUNS = dg.BackfillPolicy.multi_run(max_partitions_per_run=8)
+
+OWNERS = ["team:scope-atlas"]

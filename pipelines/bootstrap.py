@@ -1,0 +1,107 @@
+"""Headless set-up and runs: `python -m pipelines.bootstrap` registers, `--run` materialises too.
+
+What belongs here: partitions, pool limits, one in-process run per stretch of keys. Not here: what the run does, or the
+webserver.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import dagster as dg
+
+from assets.partitions import SAES
+from resources.scenario import VARIABLE, load_scenario, scenario_path
+from scopeatlas.errors import ConfigError, ScopeAtlasError
+
+POOLS = {"gpu": 1, "llm": 4, "atlas": 1}
+RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
+
+
+def register(instance: dg.DagsterInstance, resources: dict) -> list[str]:
+    """Make a partition of every SAE of the scenario, set the pool limits; returns the SAE keys. Idempotent."""
+    store = resources["store"].open()
+    store.require_writable()
+    entries = resources["saes"].everything()
+    for entry in entries:
+        store.register(entry.key, entry.as_json())
+    known = set(instance.get_dynamic_partitions(SAES.name))
+    instance.add_dynamic_partitions(SAES.name, [entry.key for entry in entries if entry.key not in known])
+    for pool, limit in POOLS.items():
+        instance.event_log_storage.set_concurrency_slots(pool, limit)
+    return [entry.key for entry in entries]
+
+
+def stretches(keys: list[str], all_keys: list[str]) -> list[tuple[str, str]]:
+    """First and last key of each unbroken stretch of `keys` in `all_keys`: a stretch is one run with one shared pass."""
+    wanted, runs = set(keys), []
+    for place, key in enumerate(all_keys):
+        if key not in wanted:
+            continue
+        if runs and place and all_keys[place - 1] == runs[-1][1]:
+            runs[-1] = (runs[-1][0], key)
+        else:
+            runs.append((key, key))
+    return runs
+
+
+def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) -> bool:
+    """Run index_release for `keys` in this process; returns whether every run succeeded."""
+    from pipelines.definitions import build_defs
+
+    job = build_defs(resources).resolve_job_def("index_release")
+    succeeded = True
+    for first, last in stretches(keys, list(instance.get_dynamic_partitions(SAES.name))):
+        config = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
+        tags = {RANGE_START: first, RANGE_END: last}
+        result = job.execute_in_process(run_config=config, instance=instance, tags=tags, raise_on_error=False)
+        for event in result.all_events:
+            if event.event_type == dg.DagsterEventType.STEP_FAILURE:
+                data = event.step_failure_data
+                reason = data.user_failure_data.description if data.user_failure_data else None
+                print(f"error: {event.step_key}: {reason or (data.error.message if data.error else 'failed')}".strip(), file=sys.stderr)
+        succeeded = succeeded and result.success
+    return succeeded
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Register the scenario's SAEs; with --run, index them.")
+    parser.add_argument("--config", type=Path, help=f"scenario YAML; default ${VARIABLE}, else configs/demo.yaml")
+    parser.add_argument("--run", action="store_true", help="materialise everything for these SAEs in this process")
+    arguments = parser.parse_args()
+    if arguments.config:
+        os.environ[VARIABLE] = str(arguments.config)
+    started = time.monotonic()
+    try:
+        if not os.environ.get("DAGSTER_HOME"):
+            raise ConfigError("DAGSTER_HOME is not set: history would be lost; use make, or export DAGSTER_HOME=$PWD")
+        resources = load_scenario(scenario_path())
+        with dg.DagsterInstance.get() as instance:
+            _quieten()
+            keys = register(instance, resources)
+            print(f"{len(keys)} SAEs registered: {', '.join(keys)}")
+            if not arguments.run:
+                return 0
+            succeeded = materialise(instance, resources, keys)
+    except ScopeAtlasError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{'finished' if succeeded else 'failed'} after {time.monotonic() - started:.0f} s")
+    return 0 if succeeded else 1
+
+
+def _quieten() -> None:
+    """Keep the console to our own progress lines: bars and warnings of libraries say nothing a user can act on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=dg.BetaWarning)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

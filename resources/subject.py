@@ -1,0 +1,33 @@
+"""The subject model: the language model under study. What does not belong here: loading it (scopeatlas/subject)."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import dagster as dg
+from pydantic import Field
+
+from scopeatlas.subject.loading import SubjectModel
+
+
+class SubjectResource(dg.ConfigurableResource):
+    """The language model whose activations the SAEs read."""
+
+    name: str = Field(
+        description="A Hub id, a local folder, a .gguf file, or package:NAME for a Python package that carries a GGUF."
+    )
+    revision: str | None = Field(default=None, description="The Hub revision; a commit hash pins it.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere. float16 overflows in Gemma and is not offered."
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    cache: str = Field(default=".scopeatlas/models", description="Where a GGUF is unpacked, once.")
+
+    def open(self) -> SubjectModel:
+        """The model, shared by all steps of this process so that it is loaded once."""
+        return _subject(self.name, self.revision, self.precision, self.device, self.cache)
+
+
+@lru_cache(maxsize=1)
+def _subject(name: str, revision: str | None, precision: Literal["auto", "float32", "bfloat16"], device: str, cache: str) -> SubjectModel:
+    return SubjectModel(name, revision, precision, device, Path(cache))

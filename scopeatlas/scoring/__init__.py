@@ -1,0 +1,1 @@
+"""Testing labels on report documents, with controls and intervals."""
