@@ -1,0 +1,41 @@
+"""The last step of `make demo`: what was built, and a few searches with their evidence.
+
+What belongs here: the demo's words. The searches were written down before the atlas they are run on was first built.
+"""
+
+import sys
+
+from rich.console import Console
+
+from resources.scenario import load_scenario, scenario_path
+from scopeatlas import open_atlas
+from scopeatlas.errors import ScopeAtlasError
+from scopeatlas.rendering import print_hits, print_saes
+
+SEARCHES = (
+    "wars, armies and battles",
+    "months of the year",
+    "chemistry: acids, metals and compounds",
+)
+NOTHING_OF_THE_KIND = "chocolate cake recipe"
+HITS = 5
+
+
+def main() -> int:
+    console = Console(highlight=False)
+    try:
+        atlas = open_atlas(load_scenario(scenario_path())["store"].root)  # type: ignore[attr-defined]
+        console.rule("What was built")
+        print_saes(console, atlas.saes())
+        for query in (*SEARCHES, NOTHING_OF_THE_KIND):
+            console.rule(f'Search: "{query}"')
+            print_hits(console, atlas.search(query, k=HITS))
+    except ScopeAtlasError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print('\nNext: scopeatlas search "your words", scopeatlas show SAE FEATURE, make ui', style="dim")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
