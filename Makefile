@@ -6,7 +6,7 @@ CONFIG ?= configs/demo.yaml
 export DAGSTER_HOME := $(CURDIR)
 export SCOPE_ATLAS_CONFIG := $(CONFIG)
 
-.PHONY: help install demo run ui test lint clean
+.PHONY: help install demo run ui figures test lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ ui: install ## webserver and daemon on http://127.0.0.1:3000
 	@trap 'kill 0' INT TERM EXIT; \
 	$(BIN)/dagster-daemon run --workspace workspace.yaml & \
 	$(BIN)/dagster-webserver --workspace workspace.yaml --host 127.0.0.1 --port 3000
+
+figures: install ## the demo release's figures against their bars (six minutes)
+	@$(BIN)/python -m demo.figures
 
 test: install ## the whole suite
 	$(BIN)/python -m pytest

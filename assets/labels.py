@@ -52,9 +52,7 @@ def feature_labels(
 
     def label(entry: SaeEntry) -> tuple[dict[str, dg.MetadataValue], str, bool]:
         settings = labelling.labels()
-        labels, reused = stage.label_features(
-            run.store, run.corpus, entry, run.subject, settings=settings, log=context.log.info
-        )
+        labels, reused = stage.label_features(run.store, run.corpus, entry, run.subject, settings=settings, log=context.log.info)
         statuses = labels.by_status()
         total = sum(statuses.values())
         windows = open_examples(run.store, run.corpus.id, entry.key, examples_key(run.corpus, entry, run.subject)).examples

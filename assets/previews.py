@@ -41,7 +41,9 @@ def feature_preview(rows: pl.DataFrame) -> dg.MarkdownMetadataValue:
 
 def label_preview(labels: pl.DataFrame, windows: Path) -> dg.MarkdownMetadataValue:
     """Five labelled features spread over the lift on select documents, each with its sentence and two examples."""
-    chosen = _spread(labels.filter(pl.col("status") == "ok").sort("select_lift", "feature", descending=[True, False], nulls_last=True))
+    chosen = _spread(
+        labels.filter(pl.col("status") == "ok").sort("select_lift", "feature", descending=[True, False], nulls_last=True)
+    )
     features = chosen["feature"].to_list()
     examples = read_examples(windows, features).filter((pl.col("kind") == "top") & (pl.col("split") == "explain"))
     parts = []
@@ -70,9 +72,7 @@ def score_table(scored: pl.DataFrame) -> dg.TableMetadataValue:
     return dg.MetadataValue.table(records)
 
 
-def histogram_image(
-    values: pl.Series, xlabel: str, ylabel: str, *, control: pl.Series | None = None
-) -> dg.MarkdownMetadataValue:
+def histogram_image(values: pl.Series, xlabel: str, ylabel: str, *, control: pl.Series | None = None) -> dg.MarkdownMetadataValue:
     """A histogram as an image inside markdown; `control` is drawn behind it in grey."""
     from matplotlib.figure import Figure
 

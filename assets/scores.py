@@ -64,7 +64,9 @@ def label_scores(
         if len(scored):
             for name in ("f1", "shuffled_f1", "lift", "precision", "recall", "balanced_accuracy"):
                 metadata[f"mean_{name}"] = dg.MetadataValue.float(round(float(scored[name].mean()), 4))  # type: ignore[arg-type]
-            metadata["f1_histogram"] = histogram_image(scored["f1"], "F1 on report documents", "labels", control=scored["shuffled_f1"])
+            metadata["f1_histogram"] = histogram_image(
+                scored["f1"], "F1 on report documents", "labels", control=scored["shuffled_f1"]
+            )
             metadata["best_and_worst"] = score_table(scored)
         return metadata, scores.key.identity, reused
 

@@ -56,9 +56,7 @@ class SaeRun:
         return [entry for entry in self.entries if entry.key not in self.blocked]
 
 
-def open_run(
-    context: dg.AssetExecutionContext, store: StoreResource, corpus: CorpusResource, subject: SubjectResource
-) -> SaeRun:
+def open_run(context: dg.AssetExecutionContext, store: StoreResource, corpus: CorpusResource, subject: SubjectResource) -> SaeRun:
     """The run's SAEs in the order of its partition keys, and the corpus they share."""
     opened, model = store.open(), subject.open()
     entries = [SaeEntry(**opened.entry(key)) for key in context.partition_keys]
@@ -89,7 +87,9 @@ def for_each_sae(
         context.log.warning(f"{stage}: {key} is left out: {reason}")
         context.add_asset_metadata({"left_out": dg.MetadataValue.text(reason)}, partition_key=key)
     if not versions:
-        raise dg.Failure(description=f"every SAE of this run is blocked: {next(iter(run.blocked.values()), '')}", allow_retries=False)
+        raise dg.Failure(
+            description=f"every SAE of this run is blocked: {next(iter(run.blocked.values()), '')}", allow_retries=False
+        )
     # A version per partition can only be given for a run of one; a run of several shows none rather than a wrong one.
     only = next(iter(versions.values())) if len(context.partition_keys) == 1 else None
     return dg.MaterializeResult(data_version=dg.DataVersion(only[:16]) if only else None)

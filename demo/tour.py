@@ -5,12 +5,10 @@ What belongs here: the demo's words. The searches were written down before the a
 
 import sys
 
-from rich.console import Console
-
 from resources.scenario import load_scenario, scenario_path
 from scopeatlas import open_atlas
 from scopeatlas.errors import ScopeAtlasError
-from scopeatlas.rendering import print_hits, print_saes
+from scopeatlas.rendering import console, print_hits, print_saes
 
 SEARCHES = (
     "wars, armies and battles",
@@ -22,18 +20,18 @@ HITS = 5
 
 
 def main() -> int:
-    console = Console(highlight=False)
+    out = console()
     try:
         atlas = open_atlas(load_scenario(scenario_path())["store"].root)  # type: ignore[attr-defined]
-        console.rule("What was built")
-        print_saes(console, atlas.saes())
+        out.print("\nWhat was built\n")
+        print_saes(out, atlas.saes())
         for query in (*SEARCHES, NOTHING_OF_THE_KIND):
-            console.rule(f'Search: "{query}"')
-            print_hits(console, atlas.search(query, k=HITS))
+            out.print(f'\nSearch: "{query}"\n')
+            print_hits(out, atlas.search(query, k=HITS))
     except ScopeAtlasError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console.print('\nNext: scopeatlas search "your words", scopeatlas show SAE FEATURE, make ui', style="dim")
+    out.print('\nNext: scopeatlas search "your words", scopeatlas show SAE FEATURE, make ui', style="dim")
     return 0
 
 

@@ -235,9 +235,14 @@ def train(recipe: Recipe, cache: Path) -> None:
         if (number + 1) % 200 == 0:
             dead = int((trainer.quiet > recipe.dead_after).sum())
             pace = (time.monotonic() - started) / (number + 1)
-            crowd = float((torch.addmm(trainer.b_enc, trainer.massive[:64], trainer.w_enc.T) > trainer.threshold).sum(1).float().mean())
+            crowd = float(
+                (torch.addmm(trainer.b_enc, trainer.massive[:64], trainer.w_enc.T) > trainer.threshold).sum(1).float().mean()
+            )
             dense = int((trainer.density > 0.1).sum())
-            print(f"{recipe.folder} step {number + 1}: FVU {fvu:.3f}, {dead} dead, {dense} dense, {crowd:.0f} active on massive tokens, {pace:.2f} s/step", flush=True)
+            print(
+                f"{recipe.folder} step {number + 1}: FVU {fvu:.3f}, {dead} dead, {dense} dense, {crowd:.0f} active on massive tokens, {pace:.2f} s/step",
+                flush=True,
+            )
         if (number + 1) % 1000 == 0:
             save(recipe, trainer)
     save(recipe, trainer)

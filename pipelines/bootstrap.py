@@ -63,7 +63,10 @@ def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) 
             if event.event_type == dg.DagsterEventType.STEP_FAILURE:
                 data = event.step_failure_data
                 reason = data.user_failure_data.description if data.user_failure_data else None
-                print(f"error: {event.step_key}: {reason or (data.error.message if data.error else 'failed')}".strip(), file=sys.stderr)
+                print(
+                    f"error: {event.step_key}: {reason or (data.error.message if data.error else 'failed')}".strip(),
+                    file=sys.stderr,
+                )
         succeeded = succeeded and result.success
     return succeeded
 

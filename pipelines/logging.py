@@ -11,7 +11,8 @@ class _Plain(logging.Formatter):
         meta = getattr(record, "dagster_meta", None) or {}
         message = meta.get("orig_message") or record.getMessage()
         step = meta.get("step_key") or ""
-        text = message if not step or message.startswith(step) else f"{step}: {message}"
+        named = message.startswith((step, step.replace("_", " "))) if step else True
+        text = message if named else f"{step}: {message}"
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
 

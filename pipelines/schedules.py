@@ -24,4 +24,7 @@ def retry_incomplete(context: dg.ScheduleEvaluationContext, store: StoreResource
     if not incomplete:
         return dg.SkipReason("every SAE is published")
     day = context.scheduled_execution_time.strftime("%Y-%m-%d")
-    return [dg.RunRequest(run_key=f"{day}:{key}", partition_key=key, tags={"scope_atlas/sae": key}) for key in incomplete[:MAX_RETRIED]]
+    return [
+        dg.RunRequest(run_key=f"{day}:{key}", partition_key=key, tags={"scope_atlas/sae": key})
+        for key in incomplete[:MAX_RETRIED]
+    ]

@@ -26,10 +26,14 @@ class CorpusResource(dg.ConfigurableResource):
     text_field: str = Field(default="text", description="The column or key that holds the text.")
     min_characters: int = Field(default=500, description="Shorter documents are left out.")
     max_documents: int | None = Field(default=None, description="Read at most so many documents of the source.")
-    fraction: float = Field(default=1.0, gt=0, le=1, description="Share of documents kept, by hash; raising it only adds documents.")
+    fraction: float = Field(
+        default=1.0, gt=0, le=1, description="Share of documents kept, by hash; raising it only adds documents."
+    )
     shard_bits: int = Field(default=4, ge=0, le=16, description="The hash space is cut into 2**shard_bits shards.")
     explain_share: float = Field(default=0.5, description="Share of documents that labels are proposed from.")
-    select_share: float = Field(default=0.2, description="Share of documents that labels are chosen on; the rest are reported on.")
+    select_share: float = Field(
+        default=0.2, description="Share of documents that labels are chosen on; the rest are reported on."
+    )
     context_length: int = Field(default=128, ge=16, description="Tokens per context, BOS included.")
     contexts_per_document: int = Field(default=8, ge=1, description="At most so many contexts of one document, by hash.")
 

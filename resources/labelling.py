@@ -37,7 +37,9 @@ class LabellingResource(dg.ConfigurableResource):
     max_density: float = Field(default=0.1, description="A feature that fires on a larger share of tokens is dense: refused.")
     min_contexts: int = Field(default=6, description="A feature that fires in fewer explain contexts is rare: refused.")
     min_documents: int = Field(default=3, description="A feature that fires in fewer explain documents is refused.")
-    min_report_documents: int = Field(default=3, description="A label is scored only if its feature fires in as many report documents.")
+    min_report_documents: int = Field(
+        default=3, description="A label is scored only if its feature fires in as many report documents."
+    )
 
     def labels(self) -> LabelSettings:
         rules = RuleSettings(

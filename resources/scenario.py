@@ -38,7 +38,9 @@ def load_scenario(path: Path) -> dict[str, dg.ConfigurableResource]:
     try:
         body: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ConfigError(f"cannot read scenario {path}: {error.strerror}; set {VARIABLE} to a YAML file under configs/") from error
+        raise ConfigError(
+            f"cannot read scenario {path}: {error.strerror}; set {VARIABLE} to a YAML file under configs/"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     unknown = body.keys() - RESOURCES.keys()
@@ -58,5 +60,7 @@ def load_scenario(path: Path) -> dict[str, dg.ConfigurableResource]:
 def _known_fields(resource: type[dg.ConfigurableResource], values: dict[str, Any], path: Path, section: str) -> dict[str, Any]:
     unknown = values.keys() - resource.model_fields.keys()
     if unknown:
-        raise ConfigError(f"{path}: {section} has no setting {', '.join(sorted(unknown))}; it has {', '.join(resource.model_fields)}")
+        raise ConfigError(
+            f"{path}: {section} has no setting {', '.join(sorted(unknown))}; it has {', '.join(resource.model_fields)}"
+        )
     return values

@@ -29,5 +29,7 @@ class SubjectResource(dg.ConfigurableResource):
 
 
 @lru_cache(maxsize=1)
-def _subject(name: str, revision: str | None, precision: Literal["auto", "float32", "bfloat16"], device: str, cache: str) -> SubjectModel:
+def _subject(
+    name: str, revision: str | None, precision: Literal["auto", "float32", "bfloat16"], device: str, cache: str
+) -> SubjectModel:
     return SubjectModel(name, revision, precision, device, Path(cache))

@@ -60,7 +60,7 @@ def _status_of(store: Store, sae: str, corpus_id: str, published: dict[str, dict
         return SaeStatus(sae, "", "registered", 0, 0, False, 0, 0, 0, 0, None, None, error)
     corpus = _corpus(store, corpus_id)
     names = {shard.name for shard in corpus.shards} if corpus else set()
-    newest = {stage: _newest(store, sae, corpus_id, stage) for stage in ("examples", "labels", "scores")}
+    newest = {stage: newest_record(store, sae, corpus_id, stage) for stage in ("examples", "labels", "scores")}
     activations = store.stage(sae, corpus_id, "activations")
     cached = [record for record in activations.records() if record.key.name in names]
     done = len({record.key.name for record in cached})
@@ -137,7 +137,8 @@ def _by_age(root, records: list[CommitRecord]) -> list[CommitRecord]:
     return sorted(records, key=lambda record: (root / f"{record.key.stem}.commit.json").stat().st_mtime_ns)
 
 
-def _newest(store: Store, sae: str, corpus_id: str, name: str) -> CommitRecord | None:
+def newest_record(store: Store, sae: str, corpus_id: str, name: str) -> CommitRecord | None:
+    """The record of a whole stage (examples, labels, scores) that was written last, if there is one."""
     stage = store.stage(sae, corpus_id, name)
     records = [record for record in stage.records() if record.key.name == name]
     return _by_age(stage.root, records)[-1] if records else None

@@ -102,7 +102,9 @@ def measure_fidelity(
             continue
         splices = splices or _Splices(corpus, subject, log)
         dictionary = open_dictionary(entry).to(subject.resolved_device)
-        fidelity = Fidelity(**_moments(store, corpus, entry, subject), target_l0=dictionary.target_l0, **splices.losses(dictionary))
+        fidelity = Fidelity(
+            **_moments(store, corpus, entry, subject), target_l0=dictionary.target_l0, **splices.losses(dictionary)
+        )
         write_json(path, {"identity": identity, "fidelity": asdict(fidelity)})
         found[entry.key] = fidelity
     return found
@@ -168,7 +170,10 @@ class _Splices:
             self._clean = self._loss(None, None)
         if site not in self._ablations:
             mean = self._mean(site)
-            self._ablations[site] = (self._loss(site, lambda acts, _: mean.expand_as(acts)), self._loss(site, lambda acts, _: acts * 0))
+            self._ablations[site] = (
+                self._loss(site, lambda acts, _: mean.expand_as(acts)),
+                self._loss(site, lambda acts, _: acts * 0),
+            )
         mean_ablated, zero_ablated = self._ablations[site]
 
         def reconstruct(acts: "torch.Tensor", inputs: "torch.Tensor") -> "torch.Tensor":
@@ -211,7 +216,9 @@ class _Splices:
                     with editing(model, site, edit):
                         logits = run_model(model, tokens, logits=True)
                 targets = torch.where(tokens[:, 1:] >= 0, tokens[:, 1:], -100)
-                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+                loss = torch.nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
+                )
             total += float(loss)
             count += int((targets >= 0).sum())
         return total / count

@@ -38,7 +38,9 @@ def round_values(values: np.ndarray, scale: float) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = (values / np.float32(scale)).astype(np.float16)
     if not np.isfinite(rounded).all():
-        raise StoreError(f"an activation of {values.max():.3g} does not fit 16 bits at scale {scale}; is the site or the normalisation wrong?")
+        raise StoreError(
+            f"an activation of {values.max():.3g} does not fit 16 bits at scale {scale}; is the site or the normalisation wrong?"
+        )
     return rounded
 
 

@@ -13,7 +13,7 @@ from scopeatlas.atlas.tables import FEATURE_ROW
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.mining.examples import FeatureExamples, read_examples
-from scopeatlas.mining.windows import WindowTexts, mark
+from scopeatlas.mining.windows import mark
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.vocabulary import token_texts
 
@@ -37,7 +37,7 @@ def feature_rows(
 
     Evidence shown is held out where there is any: snippets come from report documents first.
     """
-    shown = _evidence(examples.examples, subject)
+    shown = _evidence(examples.examples)
     scored = scores.select("feature", "f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1")
     labelled = labels.select("feature", "status", "method", "label", "reads", "writes")
     table = examples.features.join(labelled, on="feature", how="left").join(scored, on="feature", how="left")
@@ -67,10 +67,9 @@ def feature_rows(
     return rows.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_ROW.items())
 
 
-def _evidence(path: Path, subject: SubjectModel) -> pl.DataFrame:
+def _evidence(path: Path) -> pl.DataFrame:
     """feature, snippets, trigger_tokens (texts at the strongest peaks, most frequent first), around (for embedding)."""
     windows = read_examples(path).filter(pl.col("kind") == "top")
-    texts = WindowTexts(windows, subject)
     held_out_first = pl.col("split").replace_strict({"report": 0, "select": 1, "explain": 2}, return_dtype=pl.Int8)
     ordered = windows.with_columns(order=held_out_first).sort("feature", "order", "rank")
     rows = []
@@ -78,14 +77,19 @@ def _evidence(path: Path, subject: SubjectModel) -> pl.DataFrame:
         triggers: Counter[str] = Counter()
         snippets, around = [], []
         for window in mine.iter_rows(named=True):
-            tokens, at = texts.tokens(window["tokens"]), window["peak_at"]
+            tokens, at = window["texts"], window["peak_at"]
             triggers[tokens[at].strip() or tokens[at]] += 1
             if len(snippets) < SNIPPETS:
                 near = slice(max(0, at - AROUND_PEAK), at + AROUND_PEAK + 1)
                 snippets.append(mark(tokens, window["activations"]))
                 around.append(" ".join("".join(tokens[near]).split()))
         rows.append((feature, snippets, [token for token, _ in triggers.most_common(TRIGGER_TOKENS)], around))
-    schema = {"feature": pl.UInt32, "snippets": pl.List(pl.String), "trigger_tokens": pl.List(pl.String), "around": pl.List(pl.String)}
+    schema = {
+        "feature": pl.UInt32,
+        "snippets": pl.List(pl.String),
+        "trigger_tokens": pl.List(pl.String),
+        "around": pl.List(pl.String),
+    }
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
@@ -102,4 +106,3 @@ def _search_texts(rows: pl.DataFrame) -> pl.Series:
         parts = [row["label"], ", ".join(row["trigger_tokens"]), " ... ".join(row["around"] or [])]
         texts.append(". ".join(part for part in parts if part))
     return pl.Series(texts, dtype=pl.String)
-

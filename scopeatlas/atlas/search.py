@@ -36,6 +36,7 @@ WEAK_SIMILARITY = 0.35
 """Below this cosine the best hit of a search is chance more often than an answer (MiniLM; to be calibrated)."""
 _COLUMNS = list(FEATURE_ROW)
 _OVERVIEW_COLUMNS = ["release", "sae", "model", "layer", "label", "f1"]
+_LISTED_COLUMNS = ["feature", "status", "method", "label", "f1", "density"]
 _PROBES, _REFINE = 60, 3  # recall .987-1.000 with filters (reference/lancedb.md, 2.3 and 2.4)
 _NAMES_SHOWN = 20
 
@@ -160,13 +161,24 @@ class Atlas:
         """
         from lancedb.expr import col, lit
 
-        keys = self._resolve(sae)
-        if len(keys) > 1:
-            raise AtlasError(f"{sae!r} matches {len(keys)} SAEs ({_listed(keys)}); give a whole key")
-        found = self._features.search().where(col(KEY) == lit(f"{keys[0]}/{feature}")).select(_COLUMNS).limit(1).to_arrow()
+        key = self._one(sae)
+        found = self._features.search().where(col(KEY) == lit(f"{key}/{feature}")).select(_COLUMNS).limit(1).to_arrow()
         if not found.num_rows:
-            raise AtlasError(f"{keys[0]} has no feature {feature} in the atlas at {self.root}")
+            raise AtlasError(f"{key} has no feature {feature} in the atlas at {self.root}")
         return _hit(found.to_pylist()[0])
+
+    def features(self, sae: str, *, status: str | None = None) -> tuple[str, pl.DataFrame]:
+        """The key `sae` stands for, and its features in order, of one status or all: feature, status, method, label,
+        f1, density.
+
+        Raises UnknownSaeError if no SAE matches, AtlasError if several do.
+        """
+        key = self._one(sae)
+        condition = _condition({"sae": key, "status": status}, saes=None, min_score=None)
+        assert condition is not None
+        found = pl.from_arrow(self._features.search().where(condition).select(_LISTED_COLUMNS).to_arrow())
+        assert isinstance(found, pl.DataFrame)  # a table gives a frame; only an array would give a series
+        return key, found.sort("feature")
 
     def saes(self) -> pl.DataFrame:
         """One row per SAE: release, sae, model, layer, features, labelled, mean_f1, published_at (UTC; null if unknown)."""
@@ -192,6 +204,13 @@ class Atlas:
         if not matches:
             raise UnknownSaeError(f"no SAE in the atlas matches {sae!r}; it holds {_listed(known) or 'none yet'}")
         return matches
+
+    def _one(self, sae: str) -> str:
+        """The one key `sae` stands for. Raises AtlasError if there are several."""
+        keys = self._resolve(sae)
+        if len(keys) > 1:
+            raise AtlasError(f"{sae!r} matches {len(keys)} SAEs ({_listed(keys)}); give a whole key")
+        return keys[0]
 
     def _candidates(self, condition: "Expr | None") -> int:
         total = self._features.count_rows()

@@ -78,7 +78,9 @@ def build_corpus(
             return corpus, True
     store.require_writable()
     sample = draw_sample(open_source(settings.source), settings.sampling)
-    log(f"{len(sample.documents)} documents kept, {sample.exact_duplicates} exact and {sample.near_duplicates} near-duplicates dropped")
+    log(
+        f"{len(sample.documents)} documents kept, {sample.exact_duplicates} exact and {sample.near_duplicates} near-duplicates dropped"
+    )
     pairs = list(zip(sample.documents, sample.splits, strict=True))
     bits = settings.sampling.shard_bits
     keys: list[ShardKey] = []

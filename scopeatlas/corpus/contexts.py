@@ -107,5 +107,5 @@ def read_contexts(path: Path) -> Contexts:
         table["context_id"].to_numpy(),
         table["document_id"].to_pylist(),
         table["split"].to_numpy(),
-        flat.reshape(len(table), tokens.type.list_size),
+        flat.reshape(len(table), tokens.type.list_size).copy(),  # Arrow's own memory is read-only
     )

@@ -59,7 +59,9 @@ def draw_sample(documents: Iterable[Document], sampling: Sampling) -> Sample:
     ordered = sorted(seen.values(), key=lambda d: (sampling_position(d.id), d.id))
     kept = _without_near_duplicates(ordered)
     if not kept:
-        raise CorpusError("the corpus is empty: no document passed corpus.min_characters and corpus.fraction; lower the one or raise the other")
+        raise CorpusError(
+            "the corpus is empty: no document passed corpus.min_characters and corpus.fraction; lower the one or raise the other"
+        )
     splits = [split_of(document.id, sampling.splits) for document in kept]
     return Sample(kept, splits, read - len(ordered), len(ordered) - len(kept))
 

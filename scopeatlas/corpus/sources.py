@@ -114,8 +114,8 @@ def _texts_of(path: Path, text_field: str) -> Iterator[str]:
         elif path.suffix in {".jsonl", ".ndjson"}:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:
-                    if line.strip():
-                        yield json.loads(line)[text_field]
+                    if line.strip() and (text := json.loads(line)[text_field]):
+                        yield text
         elif path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
@@ -123,8 +123,10 @@ def _texts_of(path: Path, text_field: str) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if text)
         else:
             raise CorpusError(f"{path}: a corpus file is .parquet, .jsonl, .ndjson or .txt")
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise CorpusError(f"{path}: cannot read a '{text_field}' column ({error}); mend the file or set corpus.text_field") from error
+    except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
+        raise CorpusError(
+            f"{path}: cannot read a '{text_field}' column ({error}); mend the file or set corpus.text_field"
+        ) from error
 
 
 def _huggingface(source: Source) -> Iterator[Document]:
@@ -134,8 +136,12 @@ def _huggingface(source: Source) -> Iterator[Document]:
         rows = datasets.load_dataset(source.dataset, source.subset, split=source.split, revision=source.revision, streaming=True)
         for row in rows:
             if source.text_field not in row:
-                raise CorpusError(f"{source.dataset} has no field '{source.text_field}'; it has {', '.join(row)}: set corpus.text_field")
+                raise CorpusError(
+                    f"{source.dataset} has no field '{source.text_field}'; it has {', '.join(row)}: set corpus.text_field"
+                )
             yield make_document(row[source.text_field] or "", source=source.dataset)
     except (OSError, ValueError, RuntimeError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CorpusError(f"cannot stream dataset {source.dataset!r}: {message}; check its name, its split and the network") from error
+        raise CorpusError(
+            f"cannot stream dataset {source.dataset!r}: {message}; check its name, its split and the network"
+        ) from error

@@ -45,7 +45,9 @@ def load(folder: Path) -> SparseDictionary:
     )
     validate(dictionary, str(weights))
     if config.get("width") not in (None, dictionary.width):
-        raise DictionaryError(f"{weights}: has {dictionary.width} features, config.json says {config['width']}; download both again")
+        raise DictionaryError(
+            f"{weights}: has {dictionary.width} features, config.json says {config['width']}; download both again"
+        )
     return dictionary
 
 

@@ -101,10 +101,14 @@ def fetch_from_hub(repo: str, patterns: Iterable[str], *, revision: str = "main"
     try:
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise DictionaryError(f"cannot fetch {repo}@{revision}: {str(error).splitlines()[0]}; check saes.hub and the network") from error
+        raise DictionaryError(
+            f"cannot fetch {repo}@{revision}: {str(error).splitlines()[0]}; check saes.hub and the network"
+        ) from error
     release = repo.rsplit("/", 1)[-1]
     entries = [
-        describe_sae(weights.parent, release=release, path=weights.parent.relative_to(snapshot).as_posix(), revision=snapshot.name)
+        describe_sae(
+            weights.parent, release=release, path=weights.parent.relative_to(snapshot).as_posix(), revision=snapshot.name
+        )
         for pattern in patterns
         for weights in sorted(snapshot.glob(f"{pattern.rstrip('/')}/{gemma_scope_2.WEIGHT_FILE}"))
     ]
@@ -125,7 +129,9 @@ def open_dictionary(entry: SaeEntry) -> SparseDictionary:
             raise DictionaryError(f"{path} is gone; restore it, or drop the SAE {entry.key}")
         if file_sha256(path) != digest:
             load_folder(folder)  # a damaged file is named as such; a sound but different one falls through
-            raise DictionaryError(f"{path} is not the file that {entry.key} was registered with; register it again under a new key")
+            raise DictionaryError(
+                f"{path} is not the file that {entry.key} was registered with; register it again under a new key"
+            )
     return load_folder(folder)
 
 
@@ -135,4 +141,3 @@ def load_folder(folder: Path) -> SparseDictionary:
         if (folder / weight_file).exists():
             return module.load(folder)
     raise DictionaryError(f"{folder} holds no known weight file ({', '.join(_FORMATS)})")
-

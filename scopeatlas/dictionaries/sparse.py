@@ -118,9 +118,7 @@ class SparseDictionary:
 
         counts = torch.bincount(acts.token, minlength=acts.tokens)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        y = torch.nn.functional.embedding_bag(
-            acts.feature, self.w_dec, starts[:-1], mode="sum", per_sample_weights=acts.value
-        )
+        y = torch.nn.functional.embedding_bag(acts.feature, self.w_dec, starts[:-1], mode="sum", per_sample_weights=acts.value)
         y = y + self.b_dec
         if self.skip is not None:
             if x_td is None:
@@ -155,11 +153,15 @@ def validate(dictionary: SparseDictionary, source: str) -> None:
         if bad:
             raise DictionaryError(f"{source}: {name} holds {bad} value(s) that are NaN or infinite; download the file again")
     if bool((dictionary.threshold < 0).any()):
-        raise DictionaryError(f"{source}: negative thresholds; a JumpReLU dictionary has none, so the file is damaged or of another kind")
+        raise DictionaryError(
+            f"{source}: negative thresholds; a JumpReLU dictionary has none, so the file is damaged or of another kind"
+        )
     norms = dictionary.w_dec.norm(dim=1)
     worst = float((norms - 1).abs().max())
     if worst > DECODER_NORM_TOLERANCE:
-        raise DictionaryError(f"{source}: decoder rows are not unit norm (off by up to {worst:.3g}); w_dec may be transposed or of another format")
+        raise DictionaryError(
+            f"{source}: decoder rows are not unit norm (off by up to {worst:.3g}); w_dec may be transposed or of another format"
+        )
 
 
 def check_fits(dictionary: SparseDictionary, d_model: int, source: str, model_name: str) -> None:

@@ -58,8 +58,11 @@ class Units:
         self.document = np.repeat(self.context_document, self.length)
         self._tokens = tokens
         ids, flat = np.unique(tokens, return_inverse=True)
-        self.texts = token_texts(subject.tokenizer, ids.tolist())
-        self._flat = np.where(self.counted, flat.ravel().astype(np.int32), -1)
+        spelled = token_texts(subject.tokenizer, ids.tolist())
+        self.texts = list(dict.fromkeys(spelled))  # parts of a character in UTF-8 all read as one text, so they are one key
+        number = {text: i for i, text in enumerate(self.texts)}
+        by_id = np.array([number[text] for text in spelled], dtype=np.int32)
+        self._flat = np.where(self.counted, by_id[flat.ravel()], -1)
         self._columns: dict[str, tuple[np.ndarray, list[str]]] = {}
 
     def column(self, name: str) -> tuple[np.ndarray, list[str]]:
@@ -89,7 +92,8 @@ class Units:
             return self._shifted(1 if name == "previous" else -1), self.texts
         if name == "bigram":
             return self._bigrams()
-        kind, size = (name[:-1], int(name[-1])) if name[-1].isdigit() else (name, 0)
+        kind = name.rstrip("0123456789")
+        size = int(name.removeprefix(kind) or 0)
         keys = [_vocabulary_key(kind, size, text) for text in self.texts]
         texts = sorted({key for key in keys if key})
         index = {text: i for i, text in enumerate(texts)}
@@ -111,17 +115,23 @@ class Units:
         return inverse.ravel().astype(np.int32) - has_none, texts
 
     @cached_property
+    def context_words(self) -> tuple[sparse.csr_matrix, list[str]]:
+        """Which contexts hold which words: float32 0/1 [contexts, W], and the words."""
+        keys, words = self.column("word")
+        at = np.flatnonzero(keys >= 0)
+        ones = np.ones(len(at), dtype=np.float32)
+        held = sparse.csr_matrix((ones, (at // self.length, keys[at])), shape=(self.contexts, len(words)))
+        held.data[:] = 1
+        return held, words
+
+    @cached_property
     def topic_words(self) -> tuple[sparse.csr_matrix, list[str]]:
         """Which contexts hold which content words: float32 0/1 [contexts, W], and the words.
 
         A content word is alphabetic, at least four letters long, in three documents or more and in at most a fifth
         of the contexts.
         """
-        keys, words = self.column("word")
-        at = np.flatnonzero(keys >= 0)
-        ones = np.ones(len(at), dtype=np.float32)
-        held = sparse.csr_matrix((ones, (at // self.length, keys[at])), shape=(self.contexts, len(words)))
-        held.data[:] = 1
+        held, words = self.context_words
         by_document = sparse.csr_matrix(
             (np.ones(self.contexts, dtype=np.float32), (self.context_document, np.arange(self.contexts))),
             shape=(len(self.documents), self.contexts),
@@ -189,7 +199,9 @@ def key_totals(units: Units, split: Split, column: str) -> pl.DataFrame:
     return pl.DataFrame({"key": keys}).filter(pl.col("key") >= 0).group_by("key").agg(total=pl.len().cast(pl.Int64))
 
 
-def document_counts(units: Units, firings: Firings, rules: dict[int, Rule], features: list[int], *, split: Split) -> DocumentCounts:
+def document_counts(
+    units: Units, firings: Firings, rules: dict[int, Rule], features: list[int], *, split: Split
+) -> DocumentCounts:
     """Counts per document of `split` for each of `features`, each tested against its rule (topic rules on contexts).
 
     firings must be those of `split`. Rows follow `features`, columns the documents of the split.
@@ -233,7 +245,11 @@ def _token_counts(
         keys = units.column(column)[0]
         here = fires.with_columns(key=pl.Series(keys[fires["position"].to_numpy()])).join(members, on=["feature", "key"])
         true_positive += fill(here.group_by("feature", "document").agg(n=pl.len()), "n")
-        held = pl.DataFrame({"key": keys[everywhere], "document": units.document[everywhere]}).group_by("key", "document").agg(n=pl.len())
+        held = (
+            pl.DataFrame({"key": keys[everywhere], "document": units.document[everywhere]})
+            .group_by("key", "document")
+            .agg(n=pl.len())
+        )
         claimed += fill(members.join(held, on="key"), "n")
     totals = np.bincount(units.document[everywhere], minlength=len(units.documents))[documents]
     return true_positive, claimed, fired, np.broadcast_to(totals, shape)
@@ -243,26 +259,42 @@ def _members(units: Units, rules: Iterable[tuple[int, Rule]]) -> dict[str, pl.Da
     """Per key column, which feature's rule holds which key: feature, key."""
     rows: dict[str, list[tuple[int, int]]] = {}
     for feature, rule in rules:
-        for text in rule.keys:
+        for text in _disjoint_keys(rule):
             column = column_of(rule, text)
             rows.setdefault(column, []).append((feature, units.key_of(column, text)))
     schema = {"feature": pl.UInt32, "key": pl.Int32}
     return {column: pl.DataFrame(pairs, schema=schema, orient="row") for column, pairs in rows.items()}
 
 
+def _disjoint_keys(rule: Rule) -> list[str]:
+    """The keys of a token rule, less those that match only what another matches too: no token is counted twice."""
+    keys = list(dict.fromkeys(rule.keys))
+    match rule.kind:
+        case "prefix":
+            return [key for key in keys if not any(key != other and key.startswith(other) for other in keys)]
+        case "suffix":
+            return [key for key in keys if not any(key != other and key.endswith(other) for other in keys)]
+        case _:
+            return keys
+
+
 def _context_counts(
     units: Units, firings: Firings, rules: dict[int, Rule], features: list[int], documents: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    held, words = units.topic_words
+    held, words = units.context_words
     index = {word: i for i, word in enumerate(words)}
     pairs = [(index[w], i) for i, f in enumerate(features) for w in rules[f].keys if w in index]
-    chosen = sparse.csr_matrix((np.ones(len(pairs), dtype=np.float32), tuple(zip(*pairs, strict=True)) or ([], [])), shape=(len(words), len(features)))
+    chosen = sparse.csr_matrix(
+        (np.ones(len(pairs), dtype=np.float32), tuple(zip(*pairs, strict=True)) or ([], [])), shape=(len(words), len(features))
+    )
     members = np.flatnonzero(units.context_split == SPLITS.index(split))
     claims = ((held[members] @ chosen) > 0).astype(np.float64)  # [contexts of the split, features]
     fires = firings.in_contexts(units)[features][:, members].T.astype(np.float64)
     order = {d: i for i, d in enumerate(documents)}
     in_document = np.array([order[d] for d in units.context_document[members]])
-    by_document = sparse.csr_matrix((np.ones(len(members)), (in_document, np.arange(len(members)))), shape=(len(documents), len(members)))
+    by_document = sparse.csr_matrix(
+        (np.ones(len(members)), (in_document, np.arange(len(members)))), shape=(len(documents), len(members))
+    )
     parts = [(by_document @ part).toarray().T for part in (claims.multiply(fires).tocsr(), claims.tocsr(), fires.tocsr())]
     totals = np.bincount(in_document, minlength=len(documents)).astype(np.float64)
     return parts[0], parts[1], parts[2], np.broadcast_to(totals, parts[0].shape)

@@ -23,6 +23,15 @@ MIN_HITS = 2
 TOPIC_SIZES = (1, 3, 6)
 TOPIC_TILE = 2048
 
+_MEASURED = {
+    "candidate": pl.Int64,
+    "feature": pl.UInt32,
+    "kind": pl.String,
+    "hits": pl.Int64,
+    "total": pl.Int64,
+    "keys": pl.List(pl.String),
+}
+
 
 @dataclass(frozen=True)
 class RuleSettings:
@@ -64,6 +73,8 @@ def propose_rules(units: Units, firings: Firings, refused: dict[int, Status], se
     The one of highest lift on select documents, less its cost, is the label.
     """
     open_features = np.setdiff1d(np.arange(firings.width), np.array(sorted(refused), dtype=np.int64))
+    if not len(open_features):
+        return [Label(feature, "rule", refused[feature]) for feature in range(firings.width)]
     explain, select = firings.within(units, "explain"), firings.within(units, "select")
     token_candidates = _token_candidates(units, explain, open_features)
     scored = [_score_token_candidates(units, select, token_candidates, settings)]
@@ -81,7 +92,15 @@ def propose_rules(units: Units, firings: Firings, refused: dict[int, Status], se
             row = chosen[feature]
             rule = Rule(row["kind"], tuple(row["keys"]))
             labels.append(
-                Label(feature, "rule", "ok", rule.short(), rule.sentence(), rule=rule.to_json(), select_lift=row["value"] + row["cost"])
+                Label(
+                    feature,
+                    "rule",
+                    "ok",
+                    rule.short(),
+                    rule.sentence(),
+                    rule=rule.to_json(),
+                    select_lift=row["value"] + row["cost"],
+                )
             )
     return labels
 
@@ -129,13 +148,15 @@ def _best_sets(hits: pl.DataFrame, column: str) -> pl.DataFrame:
 
 def _score_token_candidates(units: Units, select: Firings, candidates: pl.DataFrame, settings: RuleSettings) -> pl.DataFrame:
     """Lift on select documents less cost: feature, kind, keys (texts), value, cost."""
-    measured = []
+    measured = [pl.DataFrame(schema=_MEASURED)]  # so that no candidates at all are an empty table
     for (column,), members in candidates.group_by(["column"], maintain_order=True):
         name = str(column)
         found = members.join(key_hits(units, select, name), on=["feature", "key"], how="left")
         found = found.join(key_totals(units, "select", name), on="key", how="left").fill_null(0)
         texts = units.column(name)[1]
-        found = found.with_columns(text=pl.Series([texts[key] for key in found["key"]], dtype=pl.String), kind=pl.lit(_kind(name)))
+        found = found.with_columns(
+            text=pl.Series([texts[key] for key in found["key"]], dtype=pl.String), kind=pl.lit(_kind(name))
+        )
         measured.append(
             found.group_by("candidate", "feature", "kind", maintain_order=True).agg(
                 hits=pl.col("hits").sum(), total=pl.col("total").sum(), keys=pl.col("text")

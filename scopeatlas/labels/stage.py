@@ -20,7 +20,7 @@ from scopeatlas.labels.journal import Journal
 from scopeatlas.labels.llm import Evidence, Explanation, MarkedExample, explain, load_prompt
 from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules, refusals
 from scopeatlas.mining.examples import FeatureExamples, examples_key, open_examples, read_examples
-from scopeatlas.mining.windows import WindowTexts
+from scopeatlas.mining.windows import mark
 from scopeatlas.runner.local import Log, silent
 from scopeatlas.storage.files import atomic_path, content_hash
 from scopeatlas.storage.records import ShardKey
@@ -49,7 +49,13 @@ class LabelSettings:
         """What of the settings determines labels; neither prices nor timeouts do."""
         if not self.explainer.enabled:
             return [asdict(self.rules)]
-        asked = (self.explainer.model, self.explainer.temperature, self.explainer.max_output_tokens, load_prompt().hash, self.llm_features)
+        asked = (
+            self.explainer.model,
+            self.explainer.temperature,
+            self.explainer.max_output_tokens,
+            load_prompt().hash,
+            self.llm_features,
+        )
         return [asdict(self.rules), *asked]
 
 
@@ -103,7 +109,9 @@ def label_features(
         with Journal(journal_path) as journal:
             evidence = _evidence(entry, examples, refused, subject, settings.llm_features)
             explanations = [_llm_label(e) for e in explain(evidence, settings.explainer, journal)]
-        log(f"feature labels: {sum(label.status == 'ok' for label in explanations):,} of {len(explanations):,} asked for explained by {settings.explainer.model}")
+        log(
+            f"feature labels: {sum(label.status == 'ok' for label in explanations):,} of {len(explanations):,} asked for explained by {settings.explainer.model}"
+        )
         labels = _with_llm(labels, explanations)
     table = label_table(labels)
     with atomic_path(path) as temporary:
@@ -113,7 +121,12 @@ def label_features(
 
 
 def _propose(
-    units: Units, firings: Firings, refused: dict[int, Status], examples: FeatureExamples, subject: SubjectModel, settings: LabelSettings
+    units: Units,
+    firings: Firings,
+    refused: dict[int, Status],
+    examples: FeatureExamples,
+    subject: SubjectModel,
+    settings: LabelSettings,
 ) -> list[Label]:
     writes = writes_claims(examples.features, subject)
     provenance = json.dumps({"method": "rule", "version": STAGE_VERSION, "examples": examples.key.identity})
@@ -138,7 +151,6 @@ def _evidence(
     live = examples.features.filter(~pl.col("feature").is_in(list(refused)))
     asked = live.sort("explain_documents", "feature", descending=[True, False]).head(limit)
     windows = read_examples(examples.examples, asked["feature"].to_list()).filter(pl.col("split") == "explain")
-    texts = WindowTexts(windows, subject)
     by_feature = windows.partition_by("feature", as_dict=True)
     for row in asked.iter_rows(named=True):
         mine = by_feature[(row["feature"],)].sort("peak", descending=True).head(EVIDENCE_EXAMPLES)
@@ -146,7 +158,7 @@ def _evidence(
             sae=entry.key,
             feature=row["feature"],
             examples=tuple(
-                MarkedExample(texts.marked(w["tokens"], w["activations"], marks=("<<", ">>")), w["peak"] / row["max_activation"])
+                MarkedExample(mark(w["texts"], w["activations"], marks=("<<", ">>")), w["peak"] / row["max_activation"])
                 for w in mine.iter_rows(named=True)
             ),
             density=row["density"],

@@ -25,8 +25,9 @@ from scopeatlas.storage.files import atomic_path, content_hash
 from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
+from scopeatlas.subject.vocabulary import token_texts
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 WINDOW = 32
 BEFORE_PEAK = 20
 TOP_EXAMPLES = 10
@@ -77,11 +78,13 @@ def mine_examples(
         for shard, acts_key in zip(corpus.shards, shards, strict=True)
     ]
     sketch = merge_all(sketches)
-    log(f"feature examples: {int((sketch.counts['tokens'].sum(0) > 0).sum()):,} of {sketch.width:,} features fire; cutting windows")
+    log(
+        f"feature examples: {int((sketch.counts['tokens'].sum(0) > 0).sum()):,} of {sketch.width:,} features fire; cutting windows"
+    )
     chosen = choose_examples(sketch)
     windows = stage.data_path(key, ".windows.parquet")
     with atomic_path(windows) as temporary:
-        write_windows(chosen, corpus, activations, dict(zip(corpus.shards, shards, strict=True)), temporary)
+        write_windows(chosen, corpus, subject, activations, dict(zip(corpus.shards, shards, strict=True)), temporary)
     log("feature examples: promoted and suppressed tokens through the unembedding")
     promoted = promoted_tokens(dictionary.to(subject.resolved_device), subject)
     features, histogram = stage.data_path(key, ".features.parquet"), stage.data_path(key, ".histogram.parquet")
@@ -107,7 +110,8 @@ def open_examples(store: Store, corpus_id: str, sae: str, key: ShardKey) -> Feat
 
 def read_examples(path: Path, features: list[int] | None = None) -> pl.DataFrame:
     """Examples of some features (or all): feature, split, kind (top, stratum), rank, context_id, document_id, peak,
-    peak_at, tokens int32 [WINDOW] (-1 past the end), activations float32 [WINDOW]."""
+    peak_at, tokens int32 [WINDOW] (-1 past the end), texts (of the tokens, none past the end), activations float32
+    [WINDOW]."""
     filters = None if features is None else [("feature", "in", features)]
     return pl.DataFrame(pl.from_arrow(pq.read_table(path, filters=filters)))
 
@@ -147,9 +151,13 @@ def choose_examples(sketch: Sketch) -> pl.DataFrame:
     top = best.with_columns(rank=pl.int_range(pl.len()).over(cell)).filter(pl.col("rank") < TOP_EXAMPLES)
     top = top.with_columns(kind=pl.lit("top"), stratum=pl.lit(STRATA - 1))
     below = (pl.col("contexts").cum_sum().over(cell) - pl.col("contexts") / 2) / pl.col("contexts").sum().over(cell)
-    strata = sketch.histogram.filter(pl.col("contexts") > 0).with_columns(stratum=(below * STRATA).floor().cast(pl.Int32).clip(0, STRATA - 1))
+    strata = sketch.histogram.filter(pl.col("contexts") > 0).with_columns(
+        stratum=(below * STRATA).floor().cast(pl.Int32).clip(0, STRATA - 1)
+    )
     rest = entries.join(top.select("feature", "context_id"), on=["feature", "context_id"], how="anti")
-    rest = draw_order(rest.join(strata.select(*cell, "bin", "stratum"), on=[*cell, "bin"])).sort(*cell, "stratum", "draw", "context_id")
+    rest = draw_order(rest.join(strata.select(*cell, "bin", "stratum"), on=[*cell, "bin"])).sort(
+        *cell, "stratum", "draw", "context_id"
+    )
     rest = rest.unique([*cell, "stratum", "document"], keep="first", maintain_order=True)
     rest = rest.with_columns(rank=pl.int_range(pl.len()).over([*cell, "stratum"])).filter(pl.col("rank") < PER_STRATUM)
     rest = rest.with_columns(kind=pl.lit("stratum")).drop("draw")
@@ -158,15 +166,22 @@ def choose_examples(sketch: Sketch) -> pl.DataFrame:
 
 
 def write_windows(
-    chosen: pl.DataFrame, corpus: Corpus, activations: StageFolder, acts_keys: dict[ShardKey, ShardKey], path: Path
+    chosen: pl.DataFrame,
+    corpus: Corpus,
+    subject: SubjectModel,
+    activations: StageFolder,
+    acts_keys: dict[ShardKey, ShardKey],
+    path: Path,
 ) -> None:
     """Write the windows of `chosen`, sorted by feature, in feature tiles; each tile reads a shard's part of it once."""
     writer: pq.ParquetWriter | None = None
     width = int(chosen["feature"].max() or 0) + 1  # type: ignore[arg-type]
     for start in range(0, width, TILE_FEATURES):
         tile = chosen.filter(pl.col("feature").is_between(start, start + TILE_FEATURES - 1))
-        table = pl.concat(list(_cut_tile(tile, corpus, activations, acts_keys, start)))
-        arrow = table.sort("feature", "split", "kind", "stratum", "rank", descending=[False, False, True, False, False]).to_arrow()
+        table = pl.concat(list(_cut_tile(tile, corpus, subject, activations, acts_keys, start)))
+        arrow = table.sort(
+            "feature", "split", "kind", "stratum", "rank", descending=[False, False, True, False, False]
+        ).to_arrow()
         writer = writer or pq.ParquetWriter(path, arrow.schema, compression="zstd")
         writer.write_table(arrow, row_group_size=ROW_GROUP)
     if writer is None:
@@ -175,7 +190,12 @@ def write_windows(
 
 
 def _cut_tile(
-    tile: pl.DataFrame, corpus: Corpus, activations: StageFolder, acts_keys: dict[ShardKey, ShardKey], first: int
+    tile: pl.DataFrame,
+    corpus: Corpus,
+    subject: SubjectModel,
+    activations: StageFolder,
+    acts_keys: dict[ShardKey, ShardKey],
+    first: int,
 ) -> Iterator[pl.DataFrame]:
     for shard, acts_key in acts_keys.items():
         rows = tile.filter(pl.col("shard") == shard.name)
@@ -195,6 +215,7 @@ def _cut_tile(
             document_id=pl.Series([contexts.document_ids[r] for r in row], dtype=pl.String),
             peak_at=pl.Series((position - starts).astype(np.int32)),
             tokens=_fixed_lists(tokens.astype(np.int32)),
+            texts=_text_lists(tokens, subject),
             activations=_fixed_lists(values),
         )
 
@@ -245,6 +266,16 @@ def feature_table(sketch: Sketch, promoted: PromotedTokens | None) -> pl.DataFra
     return table.with_columns(
         promoted=_lists(promoted.promoted), suppressed=_lists(promoted.suppressed), promoted_strength=_lists(promoted.strength)
     )
+
+
+def _text_lists(tokens: np.ndarray, subject: SubjectModel) -> pl.Series:
+    """The texts of each row of token ids [n, width], padding left out; so that readers need no tokenizer."""
+    ids, place = np.unique(tokens, return_inverse=True)
+    vocabulary = pl.Series(token_texts(subject.tokenizer, ids.tolist()), dtype=pl.String)
+    is_text = tokens >= 0
+    texts = vocabulary.gather(place.reshape(tokens.shape)[is_text]).to_arrow()
+    ends = pa.array(np.r_[0, is_text.sum(axis=1).cumsum()].astype(np.int64))
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(ends, texts)))
 
 
 def _lists(array: np.ndarray) -> pl.Series:

@@ -81,9 +81,7 @@ def _readable_tokens(subject: SubjectModel, vocabulary: int) -> "torch.Tensor":
 
     special = set(subject.tokenizer.all_special_ids)
     strings = subject.tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(subject.tokenizer)))))
-    unused = [
-        i for i, s in enumerate(strings) if i in special or s is None or s.startswith("<unused") or "�" in s
-    ]
+    unused = [i for i, s in enumerate(strings) if i in special or s is None or s.startswith("<unused") or "�" in s]
     readable = torch.zeros(vocabulary, dtype=torch.bool, device=subject.resolved_device)
     readable[: len(strings)] = True
     readable[unused] = False

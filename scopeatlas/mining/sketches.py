@@ -95,7 +95,9 @@ def sketch_shard(acts: ActivationShard, contexts: Contexts, *, width: int, shard
 def merge(a: Sketch, b: Sketch) -> Sketch:
     """The sketch of the union of two disjoint sets of contexts: associative, and commutative bit for bit but for the
     float64 rounding of sum and sum2."""
-    counts = {name: np.maximum(a.counts[name], b.counts[name]) if name == "max" else a.counts[name] + b.counts[name] for name in _COUNTS}
+    counts = {
+        name: np.maximum(a.counts[name], b.counts[name]) if name == "max" else a.counts[name] + b.counts[name] for name in _COUNTS
+    }
     histogram = pl.concat([a.histogram, b.histogram]).group_by("feature", "split", "bin").sum().sort("feature", "split", "bin")
     return Sketch(counts, a.seen + b.seen, histogram, _remembered(pl.concat([a.entries, b.entries])))
 
@@ -131,14 +133,18 @@ def _histogram(feature: np.ndarray, split: np.ndarray, bins: np.ndarray, peaks: 
     is_peak = np.zeros(len(feature), dtype=np.uint32)
     is_peak[peaks] = 1
     table = pl.DataFrame({"feature": feature.astype(np.uint32), "split": split, "bin": bins, "contexts": is_peak})
-    counted = table.group_by("feature", "split", "bin").agg(tokens=pl.len().cast(pl.Int64), contexts=pl.col("contexts").cast(pl.Int64).sum())
+    counted = table.group_by("feature", "split", "bin").agg(
+        tokens=pl.len().cast(pl.Int64), contexts=pl.col("contexts").cast(pl.Int64).sum()
+    )
     return counted.sort("feature", "split", "bin")
 
 
 def _remembered(entries: pl.DataFrame) -> pl.DataFrame:
     """Those entries that are among a feature's top documents, uniform sample or per-bin samples, per split."""
     cell = ["feature", "split"]
-    ranked = entries.with_columns(draw=_draw(entries)).sort("feature", "split", "peak", "context_id", descending=[False, False, True, False])
+    ranked = entries.with_columns(draw=_draw(entries)).sort(
+        "feature", "split", "peak", "context_id", descending=[False, False, True, False]
+    )
     best = ranked.unique(["feature", "split", "document"], keep="first", maintain_order=True)
     top = best.filter(pl.int_range(pl.len()).over(cell) < TOP_DOCUMENTS)
     drawn = ranked.sort("feature", "split", "draw", "context_id")

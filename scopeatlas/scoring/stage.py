@@ -129,7 +129,11 @@ def _score_tile(
     for name in METRICS:
         columns |= {name: getattr(point, name), f"{name}_low": interval[name][:, 0], f"{name}_high": interval[name][:, 1]}
     columns |= {"constant_f1": constant_f1(fired, total), "lift": lift(point.f1, fired, total)}
-    columns |= {"shuffled_f1": control_point.f1, "shuffled_f1_low": control_interval["f1"][:, 0], "shuffled_f1_high": control_interval["f1"][:, 1]}
+    columns |= {
+        "shuffled_f1": control_point.f1,
+        "shuffled_f1_low": control_interval["f1"][:, 0],
+        "shuffled_f1_high": control_interval["f1"][:, 1],
+    }
     measured = pl.DataFrame(columns).cast(pl.Float32)
     is_scored = pl.Series(documents >= settings.min_report_documents)
     described = pl.DataFrame(

@@ -71,7 +71,9 @@ class StageFolder:
         if not path.exists():
             raise NotReadyError(f"{self.root.name} shard {key.name} is not done: no {path}; run that stage first")
         if self._pruned_mark(key).exists():
-            raise NotReadyError(f"{self.root.name} shard {key.name} was pruned from {self.root}; run that stage again to restore it")
+            raise NotReadyError(
+                f"{self.root.name} shard {key.name} was pruned from {self.root}; run that stage again to restore it"
+            )
         return self._load(path)
 
     def _load(self, path: Path) -> CommitRecord:

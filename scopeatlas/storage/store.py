@@ -42,7 +42,9 @@ class Store:
             probe.write_bytes(b"x")
             probe.unlink()
         except OSError as error:
-            raise StoreError(f"cannot write to the store {self.root}: {error.strerror}; make it writable or set store.root to another folder") from error
+            raise StoreError(
+                f"cannot write to the store {self.root}: {error.strerror}; make it writable or set store.root to another folder"
+            ) from error
 
     def register(self, key: str, entry: dict[str, Any]) -> bool:
         """Remember an SAE under its key; returns whether it is new. A key always means the same files."""

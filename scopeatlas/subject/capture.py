@@ -21,9 +21,7 @@ class _AllCaptured(Exception):
     """Raised inside the forward pass once the last site has been seen."""
 
 
-def capture(
-    model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable[Site]
-) -> dict[Site, "torch.Tensor"]:
+def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable[Site]) -> dict[Site, "torch.Tensor"]:
     """Activations [batch, sequence, d] at each site, in the model's dtype, from one forward pass.
 
     tokens_bs: int64 [batch, sequence], padded at the end with -1. The pass stops after the last site: later layers
@@ -63,15 +61,13 @@ def run_model(model: "PreTrainedModel", tokens_bs: "torch.Tensor", *, logits: bo
 
 
 @contextmanager
-def editing(
-    model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"], "torch.Tensor"]
-) -> Iterator[None]:
+def editing(model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"], "torch.Tensor"]) -> Iterator[None]:
     """Within this context, `edit` replaces the activation [batch, sequence, d] at `site` in every forward pass."""
     module = resolve_site(model, site)
     if site.side == "output":
         handle = module.register_forward_hook(lambda _m, _args, out: _with_tensor(out, edit(_tensor_of(out))))
     else:
-        handle = module.register_forward_pre_hook(lambda _m, args: (edit(args[0]), *args[1:]))
+        handle = module.register_forward_pre_hook(lambda _m, args, named: _with_input(args, named, edit), with_kwargs=True)
     try:
         yield
     finally:
@@ -84,11 +80,22 @@ def _observing(model: "PreTrainedModel", site: Site, record: Callable[["torch.Te
     if site.side == "output":
         handle = module.register_forward_hook(lambda _m, _args, out: record(_tensor_of(out)))
     else:
-        handle = module.register_forward_pre_hook(lambda _m, args: record(args[0]))
+        handle = module.register_forward_pre_hook(lambda _m, args, named: record(_input_of(args, named)), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _input_of(args: "tuple[torch.Tensor, ...]", named: "dict[str, torch.Tensor]") -> "torch.Tensor":
+    # Attention is called with its input by name in transformers 5; every other module with a positional one.
+    return args[0] if args else named["hidden_states"]
+
+
+def _with_input(args: tuple, named: dict, edit: "Callable[[torch.Tensor], torch.Tensor]") -> tuple[tuple, dict]:
+    if args:
+        return (edit(args[0]), *args[1:]), named
+    return args, named | {"hidden_states": edit(named["hidden_states"])}
 
 
 def _tensor_of(output: "torch.Tensor | tuple[torch.Tensor, ...]") -> "torch.Tensor":

@@ -45,7 +45,9 @@ class SubjectModel:
             return str(_unpack_gguf(gguf, self.cache))
         path = Path(self.name).expanduser()
         if path.is_dir() and not (path / "config.json").exists():
-            raise SubjectModelError(f"{path} holds no config.json: give a folder as save_pretrained writes it, a .gguf file or a Hub id")
+            raise SubjectModelError(
+                f"{path} holds no config.json: give a folder as save_pretrained writes it, a .gguf file or a Hub id"
+            )
         return str(path) if path.is_dir() else self.name
 
     @cached_property
@@ -65,7 +67,9 @@ class SubjectModel:
         try:
             model = AutoModelForCausalLM.from_pretrained(self.folder, revision=self.revision, dtype=self.resolved_dtype)
         except (OSError, ValueError) as error:
-            raise SubjectModelError(f"cannot load subject model {self.name}: {_first_line(error)}; check subject.name and the network") from error
+            raise SubjectModelError(
+                f"cannot load subject model {self.name}: {_first_line(error)}; check subject.name and the network"
+            ) from error
         return model.to(self.resolved_device).eval().requires_grad_(False)
 
     @cached_property
@@ -78,7 +82,9 @@ class SubjectModel:
     def resolved_dtype(self) -> "torch.dtype":
         import torch
 
-        chosen = ("bfloat16" if self.resolved_device.type == "cuda" else "float32") if self.precision == "auto" else self.precision
+        chosen = (
+            ("bfloat16" if self.resolved_device.type == "cuda" else "float32") if self.precision == "auto" else self.precision
+        )
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[chosen]
 
     @cached_property
@@ -87,7 +93,9 @@ class SubjectModel:
         sizes and safetensors headers of a local folder."""
         path = Path(self.folder)
         if path.is_dir():
-            return content_hash([_file_identity(p) for p in sorted(path.iterdir()) if p.suffix in {".json", ".safetensors", ".bin"}])
+            return content_hash(
+                [_file_identity(p) for p in sorted(path.iterdir()) if p.suffix in {".json", ".safetensors", ".bin"}]
+            )
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(self.name, "config.json", revision=self.revision)

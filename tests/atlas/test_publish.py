@@ -4,13 +4,13 @@ import time
 
 import polars as pl
 import pytest
-from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 from scopeatlas.atlas import publish as publishing
 from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.publish import maintain, publish, republish, sweep_unfinished
 from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, open_table
 from scopeatlas.errors import AtlasError, NotReadyError
+from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 
 def table(root, name=FEATURES):

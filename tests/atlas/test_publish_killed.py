@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
-from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 from scopeatlas.atlas.publish import publish
 from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, has_table, open_table
+from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 WORKER = """
 import os, signal, sys, threading

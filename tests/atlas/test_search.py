@@ -3,7 +3,6 @@ import shutil
 
 import polars as pl
 import pytest
-from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 import scopeatlas
 from scopeatlas.atlas import publish as publishing
@@ -12,6 +11,7 @@ from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.search import FeatureHit, open_atlas
 from scopeatlas.atlas.tables import FEATURE_ROW
 from scopeatlas.errors import AtlasError, UnknownSaeError
+from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 
 @pytest.fixture

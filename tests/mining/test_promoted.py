@@ -11,15 +11,12 @@ from scopeatlas.mining.promoted import TOKENS, promoted_tokens
 def logit_effects(rows: torch.Tensor, subject, at: torch.Tensor) -> torch.Tensor:
     """How the logits move when a row is added to the final residual `at`, the norm's scale held: [F, vocabulary]."""
     norm, head = subject.model.model.norm, subject.model.lm_head
-    scale = at.double().square().mean().sqrt()
 
-    def logits(x):
-        # Rescaled so that the norm divides by the same number for every input: what "to first order" leaves out.
-        rescaled = x * (x.double().square().mean(-1, keepdim=True).sqrt() / scale).float()
-        return head(norm(x) * (rescaled.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True)))
+    def size(x):
+        return x.square().mean(-1, keepdim=True).sqrt()
 
     with torch.no_grad():
-        return logits(at + rows) - logits(at)
+        return head(norm(at + rows) * size(at + rows) / size(at)) - head(norm(at))
 
 
 def readable(token: str, subject) -> bool:

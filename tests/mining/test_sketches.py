@@ -86,7 +86,10 @@ def test_counts_moments_and_histogram_equal_brute_force(rng):
                 histogram[feature, split, math.floor(2 * math.log2(value))][0] += 1
             for peak in mine.max(1)[mine.max(1) > 0]:
                 histogram[feature, split, math.floor(2 * math.log2(peak))][1] += 1
-    got = {(f, s, b): [tokens, peaks] for f, s, b, tokens, peaks in sketch.histogram.select("feature", "split", "bin", "tokens", "contexts").rows()}
+    got = {
+        (f, s, b): [tokens, peaks]
+        for f, s, b, tokens, peaks in sketch.histogram.select("feature", "split", "bin", "tokens", "contexts").rows()
+    }
     assert got == dict(histogram)
 
 
@@ -133,7 +136,10 @@ def test_merging_any_sharding_in_any_order_gives_the_sketch_of_the_union(rng, sh
 
 def test_merging_commutes_bit_for_bit(rng):
     values, contexts = random_firings(rng)
-    a, b = (sketch_of(values, contexts, rows, name) for name, rows in zip("ab", np.array_split(rng.permutation(len(contexts)), 2), strict=True))
+    a, b = (
+        sketch_of(values, contexts, rows, name)
+        for name, rows in zip("ab", np.array_split(rng.permutation(len(contexts)), 2), strict=True)
+    )
     ab, ba = merge(a, b), merge(b, a)
     assert ab.entries.equals(ba.entries) and ab.histogram.equals(ba.histogram)
     assert all((ab.counts[name] == ba.counts[name]).all() for name in ab.counts)

@@ -1,0 +1,260 @@
+"""`scopeatlas`: a thin face over the library.
+
+What belongs here: commands, their options, and turning errors into one line. What does not: finding things out (the
+library) or how they look (`rendering.py`). Imports that take time are inside the commands, so that --help is instant.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, get_args
+
+import click
+
+from scopeatlas import __version__
+from scopeatlas.errors import DictionaryError, ScopeAtlasError, StoreError
+
+if TYPE_CHECKING:
+    from scopeatlas.storage.store import Store
+
+STORE_VARIABLE = "SCOPE_ATLAS_STORE"
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+
+class _Group(click.Group):
+    """Ends with one line and exit code 2, never with a traceback, on errors that the library raises on purpose."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ScopeAtlasError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+
+
+def _word_of(name: str) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
+    """A callback that refuses a word which is not one of `hypotheses.labels.<name>`."""
+
+    def check(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+        if value is None:
+            return None
+        from scopeatlas.hypotheses import labels
+
+        words = get_args(getattr(labels, name))
+        if value not in words:
+            raise click.BadParameter(f"'{value}' is none of {', '.join(words)}")
+        return value
+
+    return check
+
+
+def _json_option(command: _Command) -> _Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")(command)
+
+
+def _status_option(command: _Command) -> _Command:
+    return click.option("--status", callback=_word_of("Status"), help="Only features of this status: ok, dead, rare, ...")(
+        command
+    )
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--store",
+    "root",
+    envvar=STORE_VARIABLE,
+    show_envvar=True,
+    default="store",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The folder that holds everything.",
+)
+@click.version_option(__version__, prog_name="scopeatlas")
+@click.pass_context
+def cli(ctx: click.Context, root: Path) -> None:
+    """Search features of sparse autoencoders by meaning, see the evidence, judge the score."""
+    ctx.obj = root.expanduser()
+
+
+@cli.command()
+@click.argument("query")
+@click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="How many hits.")
+@click.option("--sae", help="Only SAEs of this key, or whose keys begin with it or contain it.")
+@click.option("--release", help="Only this release.")
+@click.option("--layer", type=int, help="Only this layer.")
+@click.option("--min-score", type=click.FloatRange(0, 1), help="Only labels with at least this F1.")
+@_status_option
+@click.option("--method", callback=_word_of("Method"), help="Only labels made this way: rule, llm, imported, human.")
+@_json_option
+@click.pass_obj
+def search(
+    root: Path,
+    query: str,
+    k: int,
+    sae: str | None,
+    release: str | None,
+    layer: int | None,
+    min_score: float | None,
+    status: str | None,
+    method: str | None,
+    as_json: bool,
+) -> None:
+    """Find the features whose descriptions mean most nearly what QUERY says."""
+    # The embedder's progress bars would stand in the way of one line of text.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dataclasses import asdict
+
+    from scopeatlas import rendering
+    from scopeatlas.atlas.search import WEAK_SIMILARITY, open_atlas
+
+    results = open_atlas(root).search(
+        query, k=k, sae=sae, release=release, layer=layer, min_score=min_score, status=status, method=method
+    )
+    if not as_json:
+        rendering.print_hits(rendering.console(), results)
+        return
+    facts = {
+        "query": query,
+        "is_weak": results.is_weak,
+        "best_similarity": results.best_similarity,
+        "weak_below": WEAK_SIMILARITY,
+    }
+    rendering.print_json(facts | {"hits": [asdict(hit) for hit in results]})
+
+
+@cli.command()
+@click.argument("sae")
+@click.argument("feature", type=click.IntRange(min=0))
+@click.option("--examples", type=click.IntRange(min=1), default=5, show_default=True, help="Strongest windows per split.")
+@_json_option
+@click.pass_obj
+def show(root: Path, sae: str, feature: int, examples: int, as_json: bool) -> None:
+    """Show one feature: its label, the test of it, and where it fires. SAE may be a part of a key."""
+    from dataclasses import asdict
+
+    from scopeatlas import rendering
+    from scopeatlas.atlas.search import open_atlas
+    from scopeatlas.evidence import read_evidence
+    from scopeatlas.storage.store import Store
+
+    hit = open_atlas(root).feature(sae, feature)
+    evidence = read_evidence(Store(root), hit)
+    if as_json:
+        rendering.print_json({"feature": asdict(hit), "score": evidence.score, "examples": [asdict(w) for w in evidence.windows]})
+    else:
+        rendering.print_feature(rendering.console(), hit, evidence, examples=examples)
+
+
+@cli.command("ls")
+@click.argument("sae", required=False)
+@_status_option
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Features on a page.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, help="Features to pass over.")
+@_json_option
+@click.pass_obj
+def list_features(root: Path, sae: str | None, status: str | None, limit: int, offset: int, as_json: bool) -> None:
+    """List the SAEs of the atlas, or with SAE (or a part of its key) its features in order."""
+    from scopeatlas import rendering
+    from scopeatlas.atlas.search import open_atlas
+
+    atlas = open_atlas(root)
+    if sae is None:
+        saes = atlas.saes()
+        rendering.print_json(saes.to_dicts()) if as_json else rendering.print_saes(rendering.console(), saes)
+        return
+    key, features = atlas.features(sae, status=status)
+    page = features.slice(offset, limit)
+    if as_json:
+        rendering.print_json({"sae": key, "total": features.height, "offset": offset, "features": page.to_dicts()})
+    else:
+        rendering.print_features(rendering.console(), key, page, offset=offset, total=features.height)
+
+
+@cli.command()
+@_json_option
+@click.pass_obj
+def status(root: Path, as_json: bool) -> None:
+    """Where each SAE stands: its last finished stage, counts, size, and what failed."""
+    from scopeatlas import rendering
+    from scopeatlas.upkeep import status as read_status
+
+    lines = read_status(_store(root))
+    if as_json:
+        rendering.print_json([line.as_dict() for line in lines])
+    elif lines:
+        rendering.print_status(rendering.console(), lines)
+    else:
+        click.echo(f"no SAE is registered in {root}")
+
+
+@cli.command()
+@click.option("--sae", help="Only this SAE, by its whole key.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
+@_json_option
+@click.pass_obj
+def prune(root: Path, sae: str | None, dry_run: bool, as_json: bool) -> None:
+    """Free the activations of published SAEs, and generations that newer ones replaced."""
+    from scopeatlas import rendering
+    from scopeatlas.upkeep import prune as free
+
+    freed = free(_store(root), sae=sae, dry_run=dry_run)
+    if as_json:
+        rendering.print_json({"dry_run": dry_run, "freed_bytes": freed, "total_bytes": sum(freed.values())})
+    elif freed:
+        rendering.print_table(rendering.console(), {key: rendering.human_bytes(size) for key, size in freed.items()})
+        click.echo(f"{rendering.human_bytes(sum(freed.values()))} {'would be freed' if dry_run else 'freed'}")
+    else:
+        click.echo(f"nothing to free in {root}")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json_option
+def check(folder: Path, as_json: bool) -> None:
+    """Load the SAE in FOLDER and check its weights."""
+    from scopeatlas import rendering
+    from scopeatlas.dictionaries.releases import load_folder
+
+    if not folder.is_dir():
+        raise DictionaryError(f"{folder} is not a folder; give the folder that holds an SAE's weights")
+    dictionary = load_folder(folder)
+    low, high = float(dictionary.threshold.min()), float(dictionary.threshold.max())
+    facts: dict[str, object] = {
+        "folder": str(folder),
+        "kind": dictionary.kind,
+        "model": dictionary.model_name,
+        "site_in": str(dictionary.site_in),
+        "site_out": str(dictionary.site_out),
+        "width": dictionary.width,
+        "d_in": dictionary.d_in,
+        "target_l0": dictionary.target_l0,
+    }
+    if as_json:
+        rendering.print_json(facts | {"threshold_min": low, "threshold_max": high})
+        return
+    shown = {name.replace("_", " "): "unknown" if value is None else str(value) for name, value in facts.items()}
+    rendering.print_table(rendering.console(), shown | {"thresholds": f"{low:.4g} to {high:.4g}", "outcome": "sound"})
+
+
+def _store(root: Path) -> "Store":
+    """The store, which must exist: a mistyped folder is not an empty store."""
+    from scopeatlas.storage.store import Store
+
+    if not root.is_dir():
+        raise StoreError(f"no store at {root}; run the pipeline first, or set --store or {STORE_VARIABLE}")
+    return Store(root)
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # corpus text on a terminal that is not UTF-8
+    cli(prog_name="scopeatlas")
+
+
+if __name__ == "__main__":
+    main()

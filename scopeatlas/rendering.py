@@ -1,0 +1,259 @@
+"""What the command line prints: hits, features, tables, as text for people and as JSON for programs.
+
+What belongs here: from the library's results to a terminal or a pipe. What does not: getting the results (`cli.py`).
+Corpus text is data: it goes into `Text` objects, never through rich's markup, and its control characters are replaced.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from scopeatlas.atlas.search import FeatureHit, SearchResults
+    from scopeatlas.evidence import FeatureEvidence, Window
+    from scopeatlas.upkeep import SaeStatus
+
+PIPED_WIDTH = 4096
+"""Columns of anything that is not a terminal: no key, path or snippet is ever wrapped there."""
+SEARCH_SNIPPETS = 2
+SHOWN_SPLITS = {
+    "report": "report documents: held out, what the label is scored on",
+    "explain": "explain documents: what labels are proposed from",
+}
+TOP_PER_STRATUM = 4
+"""One window from each stratum is shown for so many of the strongest."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FIRING = re.compile(r"«[^«»]*»")
+
+
+def console() -> Console:
+    """stdout as it is now: coloured and as wide as the terminal, or plain and very wide."""
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout; numbers that JSON has no word for become null."""
+    sys.stdout.write(json.dumps(_jsonable(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def plain(text: str) -> str:
+    """Text from the corpus on one line, safe to print: no escape sequences, no reversed writing."""
+    return _CONTROLS.sub(" ", text)
+
+
+def marked(text: str) -> Text:
+    """A snippet with its «firing» runs bold."""
+    line = Text(plain(text))
+    line.highlight_regex(_FIRING, "bold green")
+    return line
+
+
+def human_bytes(count: int) -> str:
+    """1.5 MB, in powers of 1,000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def share(value: float) -> str:
+    """A density as a percentage of two significant digits."""
+    return f"{value * 100:.2g} % of tokens" if value < 0.1 else f"{value * 100:.0f} % of tokens"
+
+
+def title(hit: "FeatureHit") -> Text:
+    """A feature's label; where it has none, why, and the tokens it fires on."""
+    if hit.label:
+        return Text(plain(hit.label), style="bold")
+    tokens = f"; fires on {quoted(hit.trigger_tokens)}" if hit.trigger_tokens else ""
+    return Text(f"no label ({hit.status}){tokens}")
+
+
+def quoted(tokens: Iterable[str]) -> str:
+    """Tokens as they are, spaces and all, told apart."""
+    return " ".join(json.dumps(plain(token), ensure_ascii=False) for token in tokens)
+
+
+def score_line(hit: "FeatureHit") -> str:
+    """F1 with its interval, and the control that says what it is worth."""
+    if hit.f1 is None:
+        return "not scored"
+    return f"F1 {_interval(hit.f1, hit.f1_low, hit.f1_high)}, shuffled control {_number(hit.shuffled_f1)}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+
+
+def _interval(value: object, low: object, high: object) -> str:
+    return _number(value) if low is None or high is None else f"{_number(value)} [{_number(low)}, {_number(high)}]"
+
+
+def print_hits(out: Console, results: "SearchResults") -> None:
+    """One block per hit; a weak search says so first."""
+    from scopeatlas.atlas.search import WEAK_SIMILARITY
+
+    if not results.hits:
+        out.print(Text(f'Nothing was found for "{plain(results.query)}": no feature passes the filters.'), soft_wrap=True)
+        return
+    if results.is_weak:
+        reason = f"the best similarity is {results.best_similarity:.2f}, under the cut-off of {WEAK_SIMILARITY:.2f}"
+        what = f'Nothing close was found for "{plain(results.query)}": {reason}. The nearest, probably unrelated:\n'
+        out.print(Text(what), soft_wrap=True)
+    for hit in results:
+        out.print(Text(f"{hit.similarity or 0.0:.2f}  ").append(hit.key, style="cyan"), soft_wrap=True)
+        out.print(Text("      ").append(title(hit)), soft_wrap=True)
+        out.print(Text(f"      {score_line(hit)} · fires on {share(hit.density)}", style="dim"), soft_wrap=True)
+        for snippet in hit.snippets[:SEARCH_SNIPPETS]:
+            out.print(Text("      ").append(marked(snippet)), soft_wrap=True)
+        out.print()
+
+
+def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", *, examples: int) -> None:
+    """Everything known of one feature."""
+    out.print(Text(hit.key, style="cyan"), soft_wrap=True)
+    out.print(title(hit), soft_wrap=True)
+    facts = [
+        ("status", f"{hit.status}, by {hit.method}" if hit.method else hit.status),
+        ("reads", plain(hit.reads)),
+        ("writes", plain(hit.writes)),
+        ("site", f"{hit.kind} at {hit.site} of {hit.model}"),
+        ("corpus", hit.corpus),
+        ("fires on", f"{share(hit.density)}, up to {hit.max_activation:.3g}"),
+        ("promotes", quoted(hit.promoted)),
+        ("suppresses", quoted(hit.suppressed)),
+    ]
+    for name, value in facts:
+        if value:
+            out.print(Text(f"{name:<12}", style="dim").append(Text(value, style="none")), soft_wrap=True)
+    out.print()
+    out.print(_score_table(hit, evidence.score) if hit.f1 is not None else Text("not scored"))
+    _print_windows(out, hit, evidence.windows, examples)
+
+
+def _score_table(hit: "FeatureHit", score: Mapping[str, object] | None) -> Table:
+    table = Table("score", "value", "95 % interval", box=None, pad_edge=False, title_justify="left")
+    values: Mapping[str, object] = score or vars(hit)
+    named = {
+        "F1": "f1",
+        "F1 of a shuffled label (control)": "shuffled_f1",
+        "F1 of always claiming (control)": "constant_f1",
+        "precision": "precision",
+        "recall": "recall",
+        "balanced accuracy": "balanced_accuracy",
+    }
+    for name, column in named.items():
+        if values.get(column) is not None:
+            low, high = values.get(f"{column}_low"), values.get(f"{column}_high")
+            table.add_row(name, _number(values[column]), "" if low is None else f"[{_number(low)}, {_number(high)}]")
+    unit = f", unit: {score['unit']}" if score else ""
+    table.caption = f"on {values.get('documents', hit.report_documents)} report documents{unit}"
+    table.caption_justify = "left"
+    return table
+
+
+def _print_windows(out: Console, hit: "FeatureHit", windows: Sequence["Window"], examples: int) -> None:
+    if not windows:
+        out.print("\nno examples in this store")
+        for snippet in hit.snippets:
+            out.print(Text("  ").append(marked(snippet)), soft_wrap=True)
+        return
+    for split, meaning in SHOWN_SPLITS.items():
+        mine = [window for window in windows if window.split == split]
+        top = [window for window in mine if window.kind == "top"][:examples]
+        strata = [w for w in mine if w.kind == "stratum" and w.rank < math.ceil(examples / TOP_PER_STRATUM)]
+        out.print(Text(f"\n{meaning}", style="bold"))
+        if not mine:
+            out.print("  it fires in none")
+        for heading, group in (("strongest", top), ("from each quarter of its range", sorted(strata, key=lambda w: -w.peak))):
+            if group:
+                out.print(Text(f"  {heading}", style="dim"))
+            for window in group:
+                out.print(Text(f"  {window.peak:>8.3g}  ").append(_coloured(window, hit.max_activation)), soft_wrap=True)
+
+
+def _coloured(window: "Window", largest: float) -> Text:
+    """The window as one line, each token that fires on green as strong as its activation; «» for where there is no colour."""
+    line, at = marked(window.text), 0
+    for token, activation in zip(window.tokens, window.activations, strict=True):
+        word = plain(" ".join(token.split()))
+        start = line.plain.find(word, at) if word else -1
+        if start < 0:
+            continue
+        at = start + len(word)
+        if activation > 0:
+            strength = min(1.0, activation / largest) if largest > 0 else 1.0
+            line.stylize(f"white on rgb(0,{40 + round(110 * strength)},0)", start, at)
+    return line
+
+
+def print_saes(out: Console, saes: "pl.DataFrame") -> None:
+    """The SAEs of an atlas."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("sae", "model", "layer", "features", "labelled", "mean F1", "published (UTC)"):
+        table.add_column(name, overflow="fold", justify="left" if name in {"sae", "model", "published (UTC)"} else "right")
+    for row in saes.iter_rows(named=True):
+        counts = [str(row["layer"]), f"{row['features']:,}", f"{row['labelled']:,}", _number(row["mean_f1"])]
+        published = f"{row['published_at']:%Y-%m-%d %H:%M}" if row["published_at"] else "-"
+        table.add_row(Text(row["sae"], style="cyan"), Text(row["model"]), *counts, published)
+    out.print(table)
+
+
+def print_features(out: Console, sae: str, page: "pl.DataFrame", *, offset: int, total: int) -> None:
+    """One page of an SAE's features."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("feature", "status", "F1", "density", "label"):
+        table.add_column(name, overflow="fold", justify="right" if name in {"feature", "F1", "density"} else "left")
+    for row in page.iter_rows(named=True):
+        numbers = (str(row["feature"]), row["status"], _number(row["f1"]), f"{row['density'] * 100:.3g} %")
+        table.add_row(*numbers, Text(plain(row["label"])))
+    out.print(Text(sae, style="cyan"), soft_wrap=True)
+    if page.height:
+        out.print(table)
+    last = offset + page.height
+    what = f"features {offset + 1:,} to {last:,} of {total:,}" if page.height else f"none of {total:,} features on this page"
+    out.print(Text(what + (f"; --offset {last} shows more" if page.height and last < total else ""), style="dim"))
+
+
+def print_status(out: Console, lines: Sequence["SaeStatus"]) -> None:
+    """One line per SAE and corpus; errors on lines of their own, whole."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("sae", "corpus", "stage", "shards", "labelled", "scored", "published", "size"):
+        table.add_column(name, overflow="fold", justify="left" if name in {"sae", "corpus", "stage"} else "right")
+    for line in lines:
+        shards = f"{line.shards_done}/{line.shards}" + (" (pruned)" if line.pruned else "")
+        counts = [f"{count:,}" for count in (line.labelled, line.scored, line.published)]
+        table.add_row(Text(line.sae, style="cyan"), line.corpus or "-", line.stage, shards, *counts, human_bytes(line.bytes))
+    out.print(table)
+    for line in lines:
+        if line.last_error:
+            out.print(Text("error  ", style="red").append(plain(f"{line.sae}: {line.last_error}"), style="none"), soft_wrap=True)
+
+
+def print_table(out: Console, rows: Mapping[str, str]) -> None:
+    """Names and values, aligned."""
+    width = max((len(name) for name in rows), default=0)
+    for name, value in rows.items():
+        out.print(Text(f"{name:<{width}}  ").append(plain(value)), soft_wrap=True)

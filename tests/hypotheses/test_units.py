@@ -1,0 +1,222 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from scopeatlas.corpus.documents import SPLITS
+from scopeatlas.hypotheses.rules import PAIR, Rule
+from scopeatlas.hypotheses.units import COLUMNS, Firings, Units, document_counts, key_hits, key_totals, read_firings
+from scopeatlas.subject.vocabulary import token_texts
+
+WIDTH = 64
+
+
+@pytest.fixture(scope="module")
+def units(medium_corpus, subject) -> Units:
+    return Units(medium_corpus.corpus, subject)
+
+
+@pytest.fixture(scope="module")
+def plain(medium_corpus, subject) -> list[tuple[str, str, list[str]]]:
+    """The corpus as plain data: per context its document, its split and its tokens' texts, BOS and padding left out."""
+    contexts = []
+    for shard in medium_corpus.corpus.shards:
+        loaded = medium_corpus.corpus.contexts(shard)
+        for document, split, tokens in zip(loaded.document_ids, loaded.splits, loaded.tokens, strict=True):
+            contexts.append((document, SPLITS[split], token_texts(subject.tokenizer, [t for t in tokens[1:].tolist() if t >= 0])))
+    return contexts
+
+
+@pytest.fixture
+def firings(units, rng) -> Firings:
+    """Random firings at counted positions, commoner for some features than for others."""
+    counted = np.flatnonzero(units.counted)
+    picks = [rng.choice(counted, rng.integers(5, 600), replace=False) for _ in range(WIDTH)]
+    feature = np.repeat(np.arange(WIDTH, dtype=np.uint32), [len(p) for p in picks])
+    return Firings(feature, np.concatenate(picks), WIDTH)
+
+
+def random_rules(units: Units, plain, rng) -> dict[int, Rule]:
+    """Rules of every kind, of one to six keys that the corpus holds, and now and then one that it does not."""
+    texts = [tokens for _, _, tokens in plain]
+    words = [t.strip().casefold() for tokens in texts for t in tokens if t.strip().isalpha() and len(t.strip()) > 4]
+    topics = units.topic_words[1]
+
+    def key(kind: str) -> str:
+        tokens = texts[rng.integers(len(texts))]
+        at = int(rng.integers(1, len(tokens)))
+        word = words[rng.integers(len(words))]
+        return {
+            "token": tokens[at],
+            "previous": tokens[at],
+            "next": tokens[at],
+            "word": word,
+            "bigram": f"{tokens[at - 1]}{PAIR}{tokens[at]}",
+            "prefix": word[: rng.integers(2, 5)],
+            "suffix": word[-rng.integers(2, 5) :],
+            "topic": topics[rng.integers(len(topics))],
+        }[kind]
+
+    kinds = ["token", "word", "previous", "next", "bigram", "prefix", "suffix", "topic"]
+    rules = {}
+    for feature in range(WIDTH):
+        kind = kinds[feature % len(kinds)]
+        keys = {key(kind) for _ in range(rng.integers(1, 7))}
+        if feature % 5 == 0:
+            keys.add("qzx" if kind not in {"prefix", "suffix"} else "qz")
+        rules[feature] = Rule(kind, tuple(sorted(keys)))
+    return rules
+
+
+def brute_counts(units: Units, plain, firings: Firings, rules: dict[int, Rule], split: str) -> dict[tuple[int, str], list[int]]:
+    """(feature, document) -> hits, claimed, fired, units, by running each rule on each context."""
+    fired_at = {f: set(firings.position[firings.feature == f].tolist()) for f in rules}
+    counts: dict[tuple[int, str], list[int]] = {}
+    for number, (document, of, tokens) in enumerate(plain):
+        if of != split:
+            continue
+        for feature, rule in rules.items():
+            claims = rule.matches(tokens)
+            fires = [number * units.length + 1 + i in fired_at[feature] for i in range(len(tokens))]
+            if rule.unit == "context":
+                claims, fires = [claims[0]], [any(fires)]
+            row = counts.setdefault((feature, document), [0, 0, 0, 0])
+            row[0] += sum(c and f for c, f in zip(claims, fires, strict=True))
+            row[1] += sum(claims)
+            row[2] += sum(fires)
+            row[3] += len(claims)
+    return counts
+
+
+def assert_counts_agree(units: Units, plain, firings: Firings, rules: dict[int, Rule], split: str) -> None:
+    features = sorted(rules)
+    found = document_counts(units, firings.within(units, split), rules, features, split=split)
+    documents = [units.documents[d] for d in np.unique(units.context_document[units.context_split == SPLITS.index(split)])]
+    expected = brute_counts(units, plain, firings, rules, split)
+    for i, feature in enumerate(features):
+        for j, document in enumerate(documents):
+            parts = (found.true_positive, found.claimed, found.fired, found.units)
+            got = [int(np.broadcast_to(part, found.claimed.shape)[i, j]) for part in parts]
+            assert got == expected[feature, document], (rules[feature], document)
+    assert len(expected) == len(features) * len(documents)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_counts_per_document_are_those_of_running_each_rule_token_by_token(units, plain, firings, rng, split):
+    assert_counts_agree(units, plain, firings, random_rules(units, plain, rng), split)
+
+
+def test_counts_agree_on_the_firings_of_a_real_sae(medium, units, plain, subject, rng):
+    firings = read_firings(medium.store, medium.corpus, medium.entry, subject, units, width=96)
+    assert_counts_agree(units, plain, firings, random_rules(units, plain, rng), "report")
+
+
+def test_a_token_that_two_keys_match_is_claimed_once(units, plain, firings):
+    rules = {0: Rule("prefix", ("co", "con", "cons")), 1: Rule("suffix", ("ing", "ng", "ning")), 2: Rule("word", ("the", "the"))}
+    assert_counts_agree(units, plain, firings, rules, "report")
+
+
+def test_affixes_of_any_length_are_counted(units, plain, firings):
+    rules = {
+        0: Rule("prefix", ("c",)),
+        1: Rule("suffix", ("ation",)),
+        2: Rule("prefix", ("international",)),
+        3: Rule("suffix", ("hippopotamus",)),
+    }
+    assert_counts_agree(units, plain, firings, rules, "report")
+
+
+def test_topics_need_not_be_words_that_the_labeller_would_choose(units, plain, firings):
+    assert not {"the", "of"} & set(units.topic_words[1])
+    rules = {0: Rule("topic", ("the",)), 1: Rule("topic", ("of", "river")), 2: Rule("topic", ("unheard",))}
+    assert_counts_agree(units, plain, firings, rules, "report")
+
+
+def test_tokens_of_one_text_are_one_key(units):
+    for column in COLUMNS:
+        keys, texts = units.column(column)
+        used = [texts[key] for key in np.unique(keys[keys >= 0])]
+        assert len(used) == len(set(used)), column
+
+
+def test_key_columns_hold_what_rules_look_at(units, plain):
+    for column in COLUMNS:
+        keys, texts = units.column(column)
+        kind = column.rstrip("234")
+        assert keys.shape == (units.contexts * units.length,) and (keys[~units.counted] == -1).all()
+        for number in range(0, len(plain), 37):
+            tokens = plain[number][2]
+            mine = keys[number * units.length + 1 :][: len(tokens)]
+            for i, key in enumerate(mine):
+                if key >= 0:
+                    assert Rule(kind, (texts[key],)).matches(tokens)[i], (column, texts[key])
+                elif kind in {"prefix", "suffix"}:
+                    word = tokens[i].strip().casefold()
+                    assert not word.isalpha() or len(word) <= int(column[-1])
+                elif kind == "word":
+                    assert not tokens[i].strip()
+                else:
+                    assert i == (len(tokens) - 1 if kind == "next" else 0) and kind != "token"
+
+
+def test_hits_and_totals_of_keys_equal_counting(units, plain, firings):
+    for column in ("token", "word", "previous", "bigram", "suffix3"):
+        keys, texts = units.column(column)
+        hits = {(f, texts[k]): n for f, k, n in key_hits(units, firings, column).select("feature", "key", "hits").rows()}
+        plainly = Counter(
+            (int(f), texts[keys[p]]) for f, p in zip(firings.feature, firings.position, strict=True) if keys[p] >= 0
+        )
+        assert hits == dict(plainly)
+        totals = {texts[k]: n for k, n in key_totals(units, "select", column).select("key", "total").rows()}
+        claims = {
+            text: sum(sum(Rule(column.rstrip("3"), (text,)).matches(t)) for _, s, t in plain if s == "select")
+            for text in list(totals)[:25]
+        }
+        assert claims == {text: totals[text] for text in claims}
+
+
+def test_topic_words_are_content_words_of_several_documents(units, plain):
+    held, words = units.topic_words
+    documents: dict[str, set[str]] = {}
+    contexts: Counter[str] = Counter()
+    for document, _, tokens in plain:
+        for word in {t.strip().casefold() for t in tokens}:
+            documents.setdefault(word, set()).add(document)
+            contexts[word] += 1
+    expected = {w for w in contexts if w.isalpha() and len(w) >= 4 and len(documents[w]) >= 3 and contexts[w] <= 0.2 * len(plain)}
+    assert set(words) == expected
+    for number in range(0, len(plain), 23):
+        present = {t.strip().casefold() for t in plain[number][2]} & expected
+        assert {words[i] for i in held[number].nonzero()[1]} == present
+
+
+def test_positions_know_their_split_and_document(units, plain):
+    assert units.contexts == len(plain)
+    assert [units.documents[d] for d in units.context_document] == [document for document, _, _ in plain]
+    for split in SPLITS:
+        assert units.in_split(split).sum() == sum(len(tokens) for _, of, tokens in plain if of == split)
+
+
+def test_firings_of_the_store_are_the_non_zeros_of_its_shards(medium, units, subject):
+    from scopeatlas.activations.cache import activation_keys
+    from scopeatlas.activations.shards import read_shard
+
+    firings = read_firings(medium.store, medium.corpus, medium.entry, subject, units, width=96)
+    stage = medium.store.stage(medium.entry.key, medium.corpus.id, "activations")
+    expected, before = set(), 0
+    for shard, key in zip(medium.corpus.shards, activation_keys(medium.corpus, medium.entry, subject), strict=True):
+        acts = read_shard(stage.data_path(key, ".parquet"))
+        expected |= {(int(f), before + int(t)) for f, t in zip(acts.feature, acts.token, strict=True)}
+        before += medium.corpus.contexts(shard).tokens.size
+    assert set(zip(firings.feature.tolist(), firings.position.tolist(), strict=True)) == expected
+    assert units.counted[firings.position].all()
+
+
+def test_firings_split_and_gather_by_context(units, firings):
+    matrix = firings.in_contexts(units).toarray()
+    expected = np.zeros((WIDTH, units.contexts))
+    expected[firings.feature, firings.position // units.length] = 1
+    assert (matrix == expected).all()
+    parts = [firings.within(units, split) for split in SPLITS]
+    assert sum(len(part.feature) for part in parts) == len(firings.feature)
+    assert all((units.split[part.position] == i).all() for i, part in enumerate(parts))

