@@ -2,7 +2,8 @@
 
 import dagster as dg
 
-SAES = dg.DynamicPartitionsDefinition(name="saes")
+SAES_NAME = "saes"
+SAES = dg.DynamicPartitionsDefinition(name=SAES_NAME)
 
 # SAEs of one run share the subject model's forward pass, so every SAE-partitioned asset carries this same policy.
 SHARED_RUNS = dg.BackfillPolicy.multi_run(max_partitions_per_run=8)

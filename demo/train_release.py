@@ -46,7 +46,7 @@ class Recipe:
     dead_after: int = 200_000  # tokens without firing
     aux_k: int = 128
     aux_weight: float = 1 / 32
-    crowd_limit: int = 96  # active latents a token may have before the rest are pushed down
+    crowd_limit: int = 64  # active latents a token may have before the rest are pushed down
     crowd_weight: float = 0.5
     dense_limit: float = 0.05  # share of tokens a latent may fire on before it is pushed down
     dense_weight: float = 0.5
@@ -57,8 +57,8 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("layer_12_width_4k_l0_medium", layer=12, width=4096, l0=48, steps=4000),
-    Recipe("layer_9_width_2k_l0_medium", layer=9, width=2048, l0=48, steps=5000),
+    Recipe("layer_12_width_4k_l0_medium", layer=12, width=4096, l0=34, steps=3400),
+    Recipe("layer_9_width_2k_l0_medium", layer=9, width=2048, l0=30, steps=2200),
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.partitions import SAES
+from assets.partitions import SAES_NAME
 from resources.scenario import VARIABLE, load_scenario, scenario_path
 from scopeatlas.errors import ConfigError, ScopeAtlasError
 
@@ -29,8 +29,8 @@ def register(instance: dg.DagsterInstance, resources: dict) -> list[str]:
     entries = resources["saes"].everything()
     for entry in entries:
         store.register(entry.key, entry.as_json())
-    known = set(instance.get_dynamic_partitions(SAES.name))
-    instance.add_dynamic_partitions(SAES.name, [entry.key for entry in entries if entry.key not in known])
+    known = set(instance.get_dynamic_partitions(SAES_NAME))
+    instance.add_dynamic_partitions(SAES_NAME, [entry.key for entry in entries if entry.key not in known])
     for pool, limit in POOLS.items():
         instance.event_log_storage.set_concurrency_slots(pool, limit)
     return [entry.key for entry in entries]
@@ -55,7 +55,7 @@ def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) 
 
     job = build_defs(resources).resolve_job_def("index_release")
     succeeded = True
-    for first, last in stretches(keys, list(instance.get_dynamic_partitions(SAES.name))):
+    for first, last in stretches(keys, list(instance.get_dynamic_partitions(SAES_NAME))):
         config = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
         tags = {RANGE_START: first, RANGE_END: last}
         result = job.execute_in_process(run_config=config, instance=instance, tags=tags, raise_on_error=False)

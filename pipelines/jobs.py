@@ -2,26 +2,21 @@
 
 import dagster as dg
 
-from assets.partitions import SAES
-
 index_release = dg.define_asset_job(
     "index_release",
     selection=dg.AssetSelection.all(),
-    partitions_def=SAES,
     description="Everything for the SAEs of the run, from the corpus to the atlas; finished stages are reused.",
 )
 
 relabel = dg.define_asset_job(
     "relabel",
     selection=dg.AssetSelection.assets("feature_labels").downstream(),
-    partitions_def=SAES,
     description="Labels, scores and index again, after the labelling settings or the explainer changed.",
 )
 
 rebuild_index = dg.define_asset_job(
     "rebuild_index",
     selection=dg.AssetSelection.assets("feature_index"),
-    partitions_def=SAES,
     description="Publish again from finished stages, after the embedder changed or the atlas was lost.",
 )
 

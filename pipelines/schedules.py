@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.partitions import SAES
+from assets.partitions import SAES_NAME
 from pipelines.jobs import index_release
 from resources.store import StoreResource
 from scopeatlas.upkeep import status
@@ -19,7 +19,7 @@ MAX_RETRIED = 20
     description="Every night, run again what is not published or failed last; finished stages cost nothing.",
 )
 def retry_incomplete(context: dg.ScheduleEvaluationContext, store: StoreResource) -> list[dg.RunRequest] | dg.SkipReason:
-    known = set(context.instance.get_dynamic_partitions(SAES.name))
+    known = set(context.instance.get_dynamic_partitions(SAES_NAME))
     incomplete = sorted({line.sae for line in status(store.open()) if line.sae in known and not line.complete})
     if not incomplete:
         return dg.SkipReason("every SAE is published")

@@ -95,8 +95,14 @@ def cache_activations(
 
     def encode(job: tuple[ShardKey, dict[str, ShardKey]]) -> int:
         shard, wanted = job
-        _encode_shard(loaded[shard], {sae: dictionaries[sae] for sae in wanted}, wanted, stages, subject, progress)
-        return len(wanted)
+        sound = {sae: dictionaries[sae] for sae in wanted if sae not in failed}
+        if not sound:
+            return 0
+        stopped = _encode_shard(loaded[shard], sound, wanted, stages, subject, progress)
+        for sae, reason in stopped.items():
+            failed[sae] = reason
+            store.record_error(sae, "activation_cache", reason)
+        return len(sound) - len(stopped)
 
     done = sum((runner or LocalRunner()).map(encode, jobs))
     if jobs:
@@ -181,10 +187,12 @@ def _encode_shard(
     stages: dict[str, StageFolder],
     subject: SubjectModel,
     progress: Progress,
-) -> None:
+) -> dict[str, str]:
+    """Encode one shard with every dictionary and commit it; returns those that had to be stopped, and why."""
     import torch
 
     started = time.monotonic()
+    stopped: dict[str, str] = {}
     accumulators = {sae: _ShardAccumulator(dictionary, contexts) for sae, dictionary in dictionaries.items()}
     sites = {site for d in dictionaries.values() for site in (d.site_in, d.site_out)}
     length = contexts.tokens.shape[1]
@@ -195,9 +203,13 @@ def _encode_shard(
         positions = np.flatnonzero(is_text) + rows.start * length
         mask = torch.from_numpy(is_text).to(subject.resolved_device)
         flat = {site: acts_bsd[mask] for site, acts_bsd in seen.items()}
-        for sae, accumulator in accumulators.items():
+        for sae, accumulator in list(accumulators.items()):
             dictionary = dictionaries[sae]
-            accumulator.add(flat[dictionary.site_in], flat[dictionary.site_out], positions)
+            try:
+                accumulator.add(flat[dictionary.site_in], flat[dictionary.site_out], positions)
+            except ScopeAtlasError as error:  # a value that does not fit: this SAE's fault alone
+                stopped[sae] = str(error)
+                del accumulators[sae]
         progress.advance(int((contexts.tokens[rows] >= 0).sum()))
     facts = {
         "dtype": str(subject.resolved_dtype),
@@ -207,6 +219,7 @@ def _encode_shard(
     }
     for sae, accumulator in accumulators.items():
         accumulator.write(stages[sae], keys[sae], facts)
+    return stopped
 
 
 def text_mask(tokens: np.ndarray, subject: SubjectModel) -> np.ndarray:

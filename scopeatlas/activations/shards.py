@@ -60,7 +60,7 @@ def write_shard(path: Path, feature: np.ndarray, token: np.ndarray, rounded: np.
             temporary,
             row_group_size=ROW_GROUP,
             compression="zstd",
-            use_dictionary=["feature"],
+            use_dictionary=["feature"],  # pyright: ignore[reportArgumentType]
             column_encoding={"token": "DELTA_BINARY_PACKED", "value": "BYTE_STREAM_SPLIT"},
         )
 

@@ -5,6 +5,7 @@ them (`publish.py`).
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -20,8 +21,12 @@ from scopeatlas.subject.vocabulary import token_texts
 SNIPPETS = 3
 TRIGGER_TOKENS = 5
 SHOWN_PROMOTED = 5
-AROUND_PEAK = 8
-"""Tokens on either side of a peak that go into the text that is embedded."""
+STRONGEST = 10
+"""Strongest peaks that trigger tokens are counted over."""
+EMBEDDED, BEFORE, AFTER = 3, 5, 6
+"""So many peaks' surroundings, so many tokens before and after, go into the text that is embedded."""
+PUNCTUATION = ".,;:!?()[]{}'\"*=-–"
+UNEVIDENCED = ("dead", "rare", "too_few_documents")
 
 
 def feature_rows(
@@ -68,29 +73,37 @@ def feature_rows(
 
 
 def _evidence(path: Path) -> pl.DataFrame:
-    """feature, snippets, trigger_tokens (texts at the strongest peaks, most frequent first), around (for embedding)."""
+    """Per feature: snippets (held out first), trigger_tokens (at the strongest peaks of any split, most frequent first),
+    words (the words those tokens are of) and around (what stands near the strongest peaks); the last two for embedding.
+    """
     windows = read_examples(path).filter(pl.col("kind") == "top")
     held_out_first = pl.col("split").replace_strict({"report": 0, "select": 1, "explain": 2}, return_dtype=pl.Int8)
-    ordered = windows.with_columns(order=held_out_first).sort("feature", "order", "rank")
+    shown = windows.sort("feature", held_out_first, "rank").group_by("feature", maintain_order=True).head(SNIPPETS)
+    strongest = windows.sort("feature", "peak", "context_id", descending=[False, True, False])
+    strongest = strongest.group_by("feature", maintain_order=True).head(STRONGEST)
+    snippets: dict[int, list[str]] = {}
+    for window in shown.select("feature", "texts", "activations").iter_rows(named=True):
+        snippets.setdefault(window["feature"], []).append(mark(window["texts"], window["activations"]))
     rows = []
-    for (feature,), mine in ordered.group_by(["feature"], maintain_order=True):
-        triggers: Counter[str] = Counter()
-        snippets, around = [], []
-        for window in mine.iter_rows(named=True):
-            tokens, at = window["texts"], window["peak_at"]
-            triggers[tokens[at].strip() or tokens[at]] += 1
-            if len(snippets) < SNIPPETS:
-                near = slice(max(0, at - AROUND_PEAK), at + AROUND_PEAK + 1)
-                snippets.append(mark(tokens, window["activations"]))
-                around.append(" ".join("".join(tokens[near]).split()))
-        rows.append((feature, snippets, [token for token, _ in triggers.most_common(TRIGGER_TOKENS)], around))
-    schema = {
-        "feature": pl.UInt32,
-        "snippets": pl.List(pl.String),
-        "trigger_tokens": pl.List(pl.String),
-        "around": pl.List(pl.String),
-    }
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    for (feature,), mine in strongest.group_by(["feature"], maintain_order=True):
+        peaks = list(zip(mine["texts"].to_list(), mine["peak_at"].to_list(), strict=True))
+        triggers = Counter(tokens[at].strip() or tokens[at] for tokens, at in peaks)
+        words = Counter(word_around(tokens, at) for tokens, at in peaks)
+        around = [" ".join("".join(tokens[max(0, at - BEFORE) : at + AFTER]).split()) for tokens, at in peaks[:EMBEDDED]]
+        most = [[text for text, _ in counter.most_common(TRIGGER_TOKENS) if text] for counter in (triggers, words)]
+        rows.append((feature, snippets.get(feature, []), *most, around))
+    names = ("snippets", "trigger_tokens", "words", "around")
+    return pl.DataFrame(rows, schema={"feature": pl.UInt32, **dict.fromkeys(names, pl.List(pl.String))}, orient="row")
+
+
+def word_around(tokens: Sequence[str], at: int) -> str:
+    """The whole word that the token at `at` is part of, without surrounding space or punctuation; "" if it is none."""
+    first, last = at, at
+    while first > 0 and not tokens[first].startswith(" ") and tokens[first][:1].isalnum() and tokens[first - 1][-1:].isalnum():
+        first -= 1
+    while last + 1 < len(tokens) and tokens[last + 1][:1].isalnum() and tokens[last][-1:].isalnum():
+        last += 1
+    return "".join(tokens[first : last + 1]).strip().strip(PUNCTUATION)
 
 
 def _token_lists(ids: pl.Series, subject: SubjectModel) -> pl.Series:
@@ -100,9 +113,12 @@ def _token_lists(ids: pl.Series, subject: SubjectModel) -> pl.Series:
 
 
 def _search_texts(rows: pl.DataFrame) -> pl.Series:
-    """What is embedded: the label, the tokens it fires on, and what stands around its strongest held-out peaks."""
+    """What is embedded: the label, the words it fires on, and what stands around its strongest peaks.
+
+    Empty for a feature that was refused for want of evidence: a handful of contexts describes nothing.
+    """
     texts = []
-    for row in rows.select("label", "trigger_tokens", "around").iter_rows(named=True):
-        parts = [row["label"], ", ".join(row["trigger_tokens"]), " ... ".join(row["around"] or [])]
-        texts.append(". ".join(part for part in parts if part))
+    for row in rows.select("status", "label", "words", "around").iter_rows(named=True):
+        parts = [row["label"], ", ".join(row["words"] or []), " ... ".join(row["around"] or [])]
+        texts.append("" if row["status"] in UNEVIDENCED else ". ".join(part for part in parts if part))
     return pl.Series(texts, dtype=pl.String)

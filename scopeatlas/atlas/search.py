@@ -136,13 +136,13 @@ class Atlas:
         """The k features whose description means most nearly what `query` says, by cosine of dense vectors.
 
         sae: a key, or the beginning or any part of some; `min_score`: a lower bound on f1, which leaves out unscored
-        features. Exact up to 50,000 candidates. Look at `is_weak` before trusting the first hit.
+        features. Features refused for want of evidence (dead, rare, too few documents) have no text and are never hits. Exact up to 50,000 candidates. Look at `is_weak` before trusting the first hit.
         Raises AtlasError on an empty query or a k below 1, UnknownSaeError if `sae` matches none.
         """
         if not query.strip() or k < 1:
             raise AtlasError(f"cannot search for {query!r} with k={k}: give some words and a k of 1 or more")
         equal: dict[str, str | int | None] = {"release": release, "status": status, "method": method, "layer": layer}
-        condition = _condition(equal, saes=None if sae is None else self._resolve(sae), min_score=min_score)
+        condition = _condition(equal, saes=None if sae is None else self._resolve(sae), min_score=min_score, described=True)
         vector = self._checked_embedder().embed([query])[0]
         asked = self._features.search(vector, vector_column_name=VECTOR)
         asked = asked.distance_type("cosine")  # type: ignore[attr-defined]  # lancedb annotates the base of its builders
@@ -242,11 +242,15 @@ def open_atlas(path: str | Path, *, embedder: Embedder | None = None) -> Atlas:
     return atlas
 
 
-def _condition(equal: "dict[str, str | int | None]", *, saes: list[str] | None, min_score: float | None) -> "Expr | None":
+def _condition(
+    equal: "dict[str, str | int | None]", *, saes: list[str] | None, min_score: float | None, described: bool = False
+) -> "Expr | None":
     """The filter as an expression tree: values are literals in it and can never become SQL."""
     from lancedb.expr import col, lit
 
     parts = [col(name) == lit(value) for name, value in equal.items() if value is not None]
+    if described:
+        parts.append(col("search_text") != lit(""))
     if saes is not None:
         parts.append(col("sae").isin(saes))
     if min_score is not None:

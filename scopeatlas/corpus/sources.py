@@ -75,7 +75,7 @@ def _wikipedia_sample(source: Source) -> Iterator[Document]:
         raise CorpusError("the wikipedia-sample needs gensim: pip install 'scope-atlas[demo]'") from error
     dump = datapath("enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
     with bz2.open(dump) as stream:
-        for title, markup, page_id in extract_pages(stream, filter_namespaces=("0",)):
+        for title, markup, page_id in extract_pages(stream, filter_namespaces=("0",)):  # pyright: ignore[reportArgumentType]
             if not markup.lstrip().lower().startswith("#redirect"):
                 text = _tidy_wikitext(filter_wiki(markup))
                 yield make_document(text, source=source.kind, metadata={"title": title, "page": page_id})

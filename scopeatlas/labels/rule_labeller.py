@@ -22,6 +22,8 @@ MAX_SET = 8
 MIN_HITS = 2
 TOPIC_SIZES = (1, 3, 6)
 TOPIC_TILE = 2048
+PSEUDO_UNITS = 6
+"""Added to the denominator of F1 on select documents, so that a rule with a few lucky hits is not chosen for them."""
 
 _MEASURED = {
     "candidate": pl.Int64,
@@ -164,7 +166,7 @@ def _score_token_candidates(units: Units, select: Firings, candidates: pl.DataFr
         )
     table = pl.concat(measured).join(_counts(select, np.arange(select.width)), on="feature")
     fired = table["fired"].to_numpy().astype(np.float64)
-    f1 = 2 * table["hits"].to_numpy() / np.maximum(table["total"].to_numpy() + fired, 1)
+    f1 = 2 * table["hits"].to_numpy() / (table["total"].to_numpy() + fired + PSEUDO_UNITS)
     gained = lift(f1, fired, np.full(len(table), float(units.in_split("select").sum())))
     cost = settings.cost_per_key * (pl.col("keys").list.len() - 1)
     return table.with_columns(cost=cost).select("feature", "kind", "keys", value=pl.Series(gained) - pl.col("cost"), cost="cost")
@@ -195,7 +197,7 @@ def _topic_candidates(
 
 def _best_words(fires: sparse.csr_matrix, held: sparse.csr_matrix, count: int) -> np.ndarray:
     """Per feature the `count` words of highest precision * sqrt(recall) over contexts, -1 where fewer: [F, count]."""
-    together = (fires @ held).toarray()
+    together = (fires @ held).toarray()  # pyright: ignore[reportAttributeAccessIssue]
     contexts_of_word = np.asarray(held.sum(axis=0))
     contexts_of_feature = np.asarray(fires.sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -208,12 +210,12 @@ def _best_words(fires: sparse.csr_matrix, held: sparse.csr_matrix, count: int) -
 def _topic_lift(fires: sparse.csr_matrix, held: sparse.csr_matrix, best: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(best >= 0)
     ones = np.ones(len(rows), dtype=np.float32)
-    chosen = sparse.csr_matrix((ones, (best[rows, columns], rows)), shape=(held.shape[1], len(best)))
-    claims = ((held @ chosen) > 0).astype(np.float32).T.tocsr()  # [F, contexts]
+    chosen = sparse.csr_matrix((ones, (best[rows, columns], rows)), shape=(held.shape[1], len(best)))  # pyright: ignore[reportOptionalSubscript]
+    claims = ((held @ chosen) > 0).astype(np.float32).T.tocsr()  # pyright: ignore[reportAttributeAccessIssue]  # [F, contexts]
     hits = np.asarray(claims.multiply(fires).sum(axis=1)).ravel()
     claimed, fired = np.asarray(claims.sum(axis=1)).ravel(), np.asarray(fires.sum(axis=1)).ravel()
-    f1 = 2 * hits / np.maximum(claimed + fired, 1)
-    return lift(f1, fired, np.full(len(f1), float(held.shape[0])))
+    f1 = 2 * hits / (claimed + fired + PSEUDO_UNITS)
+    return lift(f1, fired, np.full(len(f1), float(held.shape[0])))  # pyright: ignore[reportOptionalSubscript]
 
 
 def split_tokens(units: Units) -> dict[Split, int]:

@@ -28,7 +28,7 @@ from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.vocabulary import token_texts
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 WRITES_MIN_STRENGTH = 6.0
 """Promoted tokens are a claim only if the strongest stands this many standard deviations out of the vocabulary: over
 262,144 tokens chance alone reaches about 4.6."""
@@ -107,7 +107,8 @@ def label_features(
     if settings.explainer.enabled:
         journal_path = stage.root / "journal.jsonl"
         with Journal(journal_path) as journal:
-            evidence = _evidence(entry, examples, refused, subject, settings.llm_features)
+            seen = int(units.in_split("explain").sum())
+            evidence = _evidence(entry, examples, refused, subject, limit=settings.llm_features, seen=seen)
             explanations = [_llm_label(e) for e in explain(evidence, settings.explainer, journal)]
         log(
             f"feature labels: {sum(label.status == 'ok' for label in explanations):,} of {len(explanations):,} asked for explained by {settings.explainer.model}"
@@ -145,23 +146,24 @@ def writes_claims(features: pl.DataFrame, subject: SubjectModel) -> dict[int, st
 
 
 def _evidence(
-    entry: SaeEntry, examples: FeatureExamples, refused: dict[int, Status], subject: SubjectModel, limit: int
+    entry: SaeEntry, examples: FeatureExamples, refused: dict[int, Status], subject: SubjectModel, *, limit: int, seen: int
 ) -> Iterator[Evidence]:
-    """What the LLM is shown of each feature: explain documents only."""
+    """What the LLM is shown of each feature: explain documents only, of which `seen` tokens were seen."""
     live = examples.features.filter(~pl.col("feature").is_in(list(refused)))
     asked = live.sort("explain_documents", "feature", descending=[True, False]).head(limit)
     windows = read_examples(examples.examples, asked["feature"].to_list()).filter(pl.col("split") == "explain")
     by_feature = windows.partition_by("feature", as_dict=True)
     for row in asked.iter_rows(named=True):
-        mine = by_feature[(row["feature"],)].sort("peak", descending=True).head(EVIDENCE_EXAMPLES)
+        mine = by_feature[(row["feature"],)].sort("peak", "context_id", descending=[True, False])
+        mine = mine.head(EVIDENCE_EXAMPLES)
         yield Evidence(
             sae=entry.key,
             feature=row["feature"],
             examples=tuple(
-                MarkedExample(mark(w["texts"], w["activations"], marks=("<<", ">>")), w["peak"] / row["max_activation"])
+                MarkedExample(mark(w["texts"], w["activations"], marks=("<<", ">>")), w["peak"] / mine["peak"][0])
                 for w in mine.iter_rows(named=True)
             ),
-            density=row["density"],
+            density=row["explain_tokens"] / seen,
             promoted=tuple(token_texts(subject.tokenizer, row["promoted"])),
             suppressed=tuple(token_texts(subject.tokenizer, row["suppressed"])),
             example_ids=tuple(str(i) for i in mine["context_id"]),

@@ -18,6 +18,7 @@ from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
+from scopeatlas.errors import DictionaryError
 from scopeatlas.mining.promoted import PromotedTokens, promoted_tokens
 from scopeatlas.mining.sketches import Sketch, draw_order, merge_all, read_sketch, sketch_shard, write_sketch
 from scopeatlas.runner.local import Log, silent
@@ -178,6 +179,8 @@ def write_windows(
     width = int(chosen["feature"].max() or 0) + 1  # type: ignore[arg-type]
     for start in range(0, width, TILE_FEATURES):
         tile = chosen.filter(pl.col("feature").is_between(start, start + TILE_FEATURES - 1))
+        if tile.is_empty():
+            continue
         table = pl.concat(list(_cut_tile(tile, corpus, subject, activations, acts_keys, start)))
         arrow = table.sort(
             "feature", "split", "kind", "stratum", "rank", descending=[False, False, True, False, False]
@@ -185,7 +188,9 @@ def write_windows(
         writer = writer or pq.ParquetWriter(path, arrow.schema, compression="zstd")
         writer.write_table(arrow, row_group_size=ROW_GROUP)
     if writer is None:
-        raise ValueError("no feature fired on the corpus; there is nothing to cut")
+        raise DictionaryError(
+            "no feature of this SAE fires on the corpus: is it of this subject model, and the corpus large enough?"
+        )
     writer.close()
 
 

@@ -40,7 +40,7 @@ def promoted_tokens(dictionary: SparseDictionary, subject: SubjectModel) -> Prom
     """
     import torch
 
-    unembedding = subject.model.get_output_embeddings().weight  # [vocabulary, d]
+    unembedding = subject.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # [vocabulary, d]
     if unembedding.shape[1] != dictionary.d_out:
         return None
     gain = _final_norm_gain(subject)
@@ -70,7 +70,7 @@ def _final_norm_gain(subject: SubjectModel) -> "torch.Tensor":
     base = subject.model.base_model
     text = getattr(base, "language_model", base)
     norm = next(getattr(text, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(text, name))
-    d = subject.model.get_output_embeddings().weight.shape[1]
+    d = subject.model.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     identity = torch.eye(d, device=subject.resolved_device, dtype=subject.resolved_dtype)
     with torch.no_grad():
         return norm(identity).diagonal().float() / d**0.5

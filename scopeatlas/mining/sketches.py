@@ -172,7 +172,7 @@ def draw_order(entries: pl.DataFrame) -> pl.DataFrame:
 def write_sketch(sketch: Sketch, counts_path: Path, histogram_path: Path, entries_path: Path) -> None:
     """Write a sketch as three files, each atomically."""
     with atomic_path(counts_path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, seen=sketch.seen, **sketch.counts)
+        np.savez(stream, seen=sketch.seen, **sketch.counts)  # pyright: ignore[reportArgumentType]
     with atomic_path(histogram_path) as temporary:
         sketch.histogram.write_parquet(temporary)
     with atomic_path(entries_path) as temporary:

@@ -22,7 +22,7 @@ from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 TILE_FEATURES = 2048
 METRICS = ("precision", "recall", "f1", "balanced_accuracy")
 
@@ -105,13 +105,19 @@ def score_rules(units: Units, report: Firings, rules: dict[int, Rule], settings:
 
 
 def shuffled_partners(features: list[int], rules: dict[int, Rule], *, seed: int) -> dict[int, Rule]:
-    """Another feature's rule for each feature, at random and never the same rule unless all are the same."""
+    """Another feature's rule for each feature, at random: of the same unit if there is one, so that both scores count
+    the same things, and never the same rule unless all are the same."""
     order = np.random.default_rng(seed).permutation(len(features))
     partners: dict[int, Rule] = {}
     for place, index in enumerate(order):
         own = rules[features[index]]
-        others = (rules[features[order[(place + step) % len(order)]]] for step in range(1, len(order)))
-        partners[features[index]] = next((rule for rule in others if rule != own), own)
+        turn = (rules[features[order[(place + step) % len(order)]]] for step in range(1, len(order)))
+        other = None
+        for rule in (rule for rule in turn if rule != own):
+            other = rule if other is None or rule.unit == own.unit else other
+            if other.unit == own.unit:
+                break
+        partners[features[index]] = other or own
     return partners
 
 

@@ -65,7 +65,7 @@ def editing(model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"
     """Within this context, `edit` replaces the activation [batch, sequence, d] at `site` in every forward pass."""
     module = resolve_site(model, site)
     if site.side == "output":
-        handle = module.register_forward_hook(lambda _m, _args, out: _with_tensor(out, edit(_tensor_of(out))))
+        handle = module.register_forward_hook(lambda _m, _args, out: _with_tensor(out, edit(_tensor_of(out))))  # pyright: ignore[reportArgumentType]
     else:
         handle = module.register_forward_pre_hook(lambda _m, args, named: _with_input(args, named, edit), with_kwargs=True)
     try:

@@ -70,7 +70,7 @@ class SubjectModel:
             raise SubjectModelError(
                 f"cannot load subject model {self.name}: {_first_line(error)}; check subject.name and the network"
             ) from error
-        return model.to(self.resolved_device).eval().requires_grad_(False)
+        return model.to(self.resolved_device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
 
     @cached_property
     def resolved_device(self) -> "torch.device":
@@ -145,10 +145,10 @@ def _unpack_gguf(gguf: Path, cache: Path) -> Path:
     unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain floats from here on, but the model still calls itself quantised and would refuse to be saved.
-    model.hf_quantizer = None
-    model.is_quantized = False
+    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
+    model.is_quantized = False  # pyright: ignore[reportArgumentType]
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
     unfinished.replace(folder)

@@ -53,7 +53,7 @@ def test_hits_carry_the_whole_row(atlas):
 def test_filters_narrow_the_search(atlas):
     assert {hit.sae for hit in atlas.search("weather", k=40, sae=MLP)} == {MLP}
     assert {hit.layer for hit in atlas.search("weather", k=40, layer=3)} == {3}
-    assert {hit.status for hit in atlas.search("weather", k=40, status="dead")} == {"dead"}
+    assert {hit.status for hit in atlas.search("weather", k=40, status="ok")} == {"ok"}
     assert len(atlas.search("weather", k=40, method="rule")) == 39
     assert {hit.sae for hit in atlas.search("weather", k=40, release="demo-mlp")} == {MLP}
     scored = atlas.search("weather", k=40, min_score=0.5)
@@ -81,7 +81,12 @@ def test_filter_values_are_never_sql(atlas, evil):
         atlas.search("dogs", sae=evil)
     with pytest.raises(UnknownSaeError):
         atlas.feature(evil, 0)
-    assert len(atlas.search("dogs", k=100)) == 40
+    assert len(atlas.search("dogs", k=100)) == 39
+
+
+def test_a_feature_without_evidence_is_never_a_hit_but_can_be_looked_up(atlas):
+    assert len(atlas.search("weather", k=40, status="dead")) == 0
+    assert atlas.feature(RES, 19).status == "dead"
 
 
 def test_nonsense_is_weak_and_sense_is_not(atlas):

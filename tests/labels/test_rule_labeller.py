@@ -6,7 +6,7 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.hypotheses.metrics import lift, point_metrics
 from scopeatlas.hypotheses.rules import PAIR, Rule
 from scopeatlas.hypotheses.units import Firings, Units, document_counts
-from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules, refusals
+from scopeatlas.labels.rule_labeller import PSEUDO_UNITS, RuleSettings, propose_rules, refusals
 
 SETTINGS = RuleSettings()
 PLANTED = {
@@ -87,7 +87,8 @@ def test_a_label_carries_the_lift_it_was_chosen_by(units, firings):
     for label in propose_rules(units, firings, {}, SETTINGS)[:RANDOM]:
         rules = {label.feature: Rule.from_json(label.rule)}
         counts = document_counts(units, select, rules, [label.feature], split="select")
-        expected = lift(point_metrics(counts).f1, counts.fired.sum(1), counts.units.sum(1))
+        hits, claimed, fired, there = (part.sum(1) for part in (counts.true_positive, counts.claimed, counts.fired, counts.units))
+        expected = lift(2 * hits / (claimed + fired + PSEUDO_UNITS), fired, there)
         assert label.select_lift == pytest.approx(float(expected[0]), abs=1e-6)
 
 
@@ -103,7 +104,7 @@ def test_rules_hold_on_report_documents_and_shuffled_rules_do_not(units, firings
 
     own = scores(rules)
     turned = scores({f: rules[features[(i + 2) % len(features)]] for i, f in enumerate(features)})
-    assert own.min() > 0.8 and np.median(turned) < 0.05
+    assert own.min() > 0.5 and np.median(own) > 0.8 and np.median(turned) < 0.05
 
 
 def test_shuffled_firings_get_no_rules(units, firings, rng):

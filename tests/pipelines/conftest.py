@@ -43,21 +43,30 @@ def small_resources(root: Path, releases: Path, **corpus: object) -> dict[str, d
     }
 
 
+_INSTANCES: list[dg.DagsterInstance] = []
+# Kept: loading definitions asks the instance made last for its state, and fails if it has been collected meanwhile.
+
+
+def new_instance(tmp_path_factory: pytest.TempPathFactory) -> dg.DagsterInstance:
+    """A real instance on disk."""
+    _INSTANCES.append(dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))))
+    return _INSTANCES[-1]
+
+
 @pytest.fixture
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as made:
-        yield made
+    yield new_instance(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_releases: Path) -> Iterator[World]:
     """The chain, run to the end over the releases of `small_releases`."""
     root = tmp_path_factory.mktemp("store")
-    with dg.DagsterInstance.local_temp(str(tmp_path_factory.mktemp("dagster"))) as made:
-        resources = small_resources(root, small_releases)
-        keys = register(made, resources)
-        assert materialise(made, resources, keys)
-        yield World(made, resources, keys, root)
+    made = new_instance(tmp_path_factory)
+    resources = small_resources(root, small_releases)
+    keys = register(made, resources)
+    assert materialise(made, resources, keys)
+    yield World(made, resources, keys, root)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,179 @@
+import polars as pl
+import pytest
+
+from scopeatlas.atlas.rows import PUNCTUATION, SNIPPETS, TRIGGER_TOKENS, feature_rows, word_around
+from scopeatlas.atlas.tables import FEATURE_ROW, checked_rows
+from scopeatlas.dictionaries.releases import open_dictionary
+from scopeatlas.hypotheses.labels import LABEL_SCHEMA
+from scopeatlas.labels.stage import LabelSettings, label_features
+from scopeatlas.mining.examples import mine_examples, read_examples
+from scopeatlas.mining.windows import mark
+from scopeatlas.scoring.stage import ScoreSettings, score_labels
+from scopeatlas.subject.vocabulary import token_texts
+from tests.conftest import WIDTH, Stored
+from tests.planted import DEAD, DENSE, EXACT, NO_REPORT, RANDOM, RARE, TOPIC, planted_chain
+
+SCORES = ("f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1")
+
+
+class Finished:
+    """The finished stages of one SAE, and the rows made of them."""
+
+    def __init__(self, stored: Stored, subject):
+        self.stored, self.subject = stored, subject
+        there = stored.store, stored.corpus, stored.entry, subject
+        self.examples = mine_examples(*there)[0]
+        self.labels = label_features(*there, settings=LabelSettings())[0].current
+        self.scores = score_labels(*there, labels=LabelSettings(), settings=ScoreSettings())[0].table
+        self.windows = read_examples(self.examples.examples)
+
+    def rows(self, labels: pl.DataFrame | None = None, scores: pl.DataFrame | None = None) -> pl.DataFrame:
+        entry = self.stored.entry
+        labels, scores = (self.labels if labels is None else labels), (self.scores if scores is None else scores)
+        dictionary = open_dictionary(entry)
+        return feature_rows(entry, dictionary, self.stored.corpus.id, self.subject, self.examples, labels, scores)
+
+    def top(self, feature: int, split: str) -> list[str]:
+        """A feature's top windows of one split as lines, the strongest first."""
+        is_one = (pl.col("feature") == feature) & (pl.col("split") == split) & (pl.col("kind") == "top")
+        found = self.windows.filter(is_one).sort("rank").select("texts", "activations")
+        return [mark(texts, activations) for texts, activations in found.iter_rows()]
+
+
+@pytest.fixture(scope="module")
+def planted(medium, subject, tmp_path_factory) -> Finished:
+    """Features whose firings are known."""
+    return Finished(planted_chain(medium, subject, tmp_path_factory.mktemp("planted") / "store"), subject)
+
+
+@pytest.fixture(scope="module")
+def real(small, subject) -> Finished:
+    """A small SAE on a few real articles."""
+    return Finished(small, subject)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "at", "word"),
+    [
+        ([" the", " ferry", " left"], 1, "ferry"),
+        ([" Kön", "igs", "berg", " fell"], 0, "Königsberg"),
+        ([" Kön", "igs", "berg", " fell"], 1, "Königsberg"),
+        ([" Kön", "igs", "berg", " fell"], 2, "Königsberg"),
+        (["Kön", "igs"], 1, "Königs"),
+        ([" in", " 1", "9", "4", "5", "."], 3, "1945"),
+        ([" it", "'", "s"], 0, "it"),
+        ([" it", "'", "s"], 1, ""),
+        ([" it", "'", "s"], 2, "s"),
+        ([" left", ".", " Then"], 1, ""),
+        ([" (", "see", ")"], 1, "see"),
+        ([" well", "-", "known"], 2, "known"),
+        ([" ferry", "\n\n", "The"], 2, "The"),
+        ([" ferry", "\n\n", "The"], 1, ""),
+        (['"word'], 0, "word"),
+        ([" ", "word"], 1, "word"),
+        ([" a", "", "b"], 1, ""),
+    ],
+)
+def test_the_word_around_a_token_is_whole_and_bare(tokens, at, word):
+    assert word_around(tokens, at) == word
+
+
+def test_a_real_run_gives_one_row_per_feature(real):
+    rows = real.rows()
+    assert rows["feature"].to_list() == list(range(WIDTH))
+    assert rows.schema == FEATURE_ROW and rows["key"].is_unique().all()
+    assert set(rows["sae"]) == {real.stored.entry.key} and set(rows["corpus"]) == {real.stored.corpus.id}
+
+
+def test_the_rows_of_a_real_run_are_fit_to_be_published(real):
+    assert checked_rows(real.rows()).equals(real.rows())
+
+
+def test_a_row_names_its_site_and_promoted_tokens(real):
+    row = real.rows().row(7, named=True)
+    features = real.examples.features.row(7, named=True)
+    assert (row["kind"], row["site"], row["layer"]) == ("sae", "model.layers.1.output", 1)
+    assert row["promoted"] == token_texts(real.subject.tokenizer, features["promoted"][:5])
+    assert row["suppressed"] == token_texts(real.subject.tokenizer, features["suppressed"][:5])
+
+
+@pytest.mark.parametrize(("feature", "status"), [(DEAD, "dead"), (RARE, "rare")])
+def test_features_without_evidence_have_no_search_text(planted, feature, status):
+    row = planted.rows().row(feature, named=True)
+    assert (row["status"], row["search_text"], row["label"], row["method"]) == (status, "", "", "")
+
+
+@pytest.mark.parametrize("status", ["dead", "rare", "too_few_documents", "incoherent", "dense"])
+def test_whether_a_refused_feature_has_a_search_text_is_a_matter_of_its_evidence(planted, status):
+    is_random = pl.col("feature") == RANDOM
+    labels = planted.labels.with_columns(status=pl.when(is_random).then(pl.lit(status)).otherwise("status"))
+    text = planted.rows(labels).row(RANDOM, named=True)["search_text"]
+    assert bool(text) == (status in {"incoherent", "dense"})
+
+
+def test_a_search_text_holds_the_label_the_words_and_their_surroundings(planted):
+    row = planted.rows().row(EXACT, named=True)
+    assert row["search_text"].startswith("the. the. ")
+    assert row["search_text"].count(" ... ") == 2
+    dense = planted.rows().row(DENSE, named=True)
+    assert dense["label"] == "" and dense["search_text"]
+
+
+def test_trigger_tokens_are_those_at_the_strongest_peaks(planted):
+    rows = planted.rows()
+    assert rows.row(EXACT, named=True)["trigger_tokens"] == ["the"]
+    assert rows["trigger_tokens"].list.len().max() <= TRIGGER_TOKENS
+    assert rows.row(DEAD, named=True)["trigger_tokens"] == []
+
+
+def test_snippets_are_the_strongest_windows_of_report_documents(planted):
+    rows = planted.rows()
+    for feature in (EXACT, TOPIC, RANDOM, DENSE):
+        assert rows.row(feature, named=True)["snippets"] == planted.top(feature, "report")[:SNIPPETS]
+
+
+def test_where_report_documents_have_none_snippets_are_of_select_documents(planted):
+    assert planted.top(NO_REPORT, "report") == []
+    assert planted.rows().row(NO_REPORT, named=True)["snippets"] == planted.top(NO_REPORT, "select")[:SNIPPETS]
+
+
+def test_where_only_explain_documents_have_windows_they_are_shown(planted):
+    assert planted.rows().row(RARE, named=True)["snippets"] == planted.top(RARE, "explain")[:SNIPPETS]
+
+
+def test_snippets_mark_the_tokens_that_fire(planted):
+    assert all("«the»" in snippet for snippet in planted.rows().row(EXACT, named=True)["snippets"])
+
+
+def test_scores_stand_beside_the_rules_they_are_of(planted):
+    rows = planted.rows()
+    scored = planted.scores.filter(pl.col("status") == "scored")
+    found = rows.filter(pl.col("f1").is_not_null())
+    assert found["feature"].to_list() == scored["feature"].to_list()
+    for name in SCORES:
+        assert found[name].to_list() == scored[name].to_list()
+
+
+def test_an_llms_label_has_no_score_even_where_a_rule_of_the_feature_has_one(planted):
+    llm = {"method": "llm", "status": "ok", "label": "a definite article", "rule": ""}
+    changed = [pl.when(pl.col("feature") == EXACT).then(pl.lit(value)).otherwise(name).alias(name) for name, value in llm.items()]
+    row = planted.rows(planted.labels.with_columns(changed)).row(EXACT, named=True)
+    assert (row["method"], row["label"]) == ("llm", "a definite article")
+    assert all(row[name] is None for name in SCORES)
+
+
+def test_refused_scores_are_null(planted):
+    row = planted.rows().row(NO_REPORT, named=True)
+    assert (row["status"], row["report_documents"]) == ("ok", 0)
+    assert all(row[name] is None for name in SCORES)
+
+
+def test_an_sae_without_a_single_rule_has_rows_all_the_same(planted):
+    refused = planted.labels.with_columns(status=pl.lit("incoherent"), label=pl.lit(""), rule=pl.lit(""))
+    rows = planted.rows(refused, planted.scores.clear())
+    assert len(checked_rows(rows)) == WIDTH and set(rows["method"]) == {""}
+    assert dict(refused.schema) == LABEL_SCHEMA
+
+
+def test_words_lose_all_punctuation_at_their_ends():
+    assert word_around([f"{PUNCTUATION}word{PUNCTUATION}"], 0) == "word"
