@@ -37,7 +37,7 @@ class SaeStatus:
 
     @property
     def complete(self) -> bool:
-        return self.stage == "published" and not self.last_error
+        return self.stage == "published" and not self.last_error and self.shards_done == self.shards
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -137,13 +137,13 @@ def test_searches_can_be_narrowed(shell):
 def test_a_weak_search_says_so(shell):
     output = shell("search", "qwx zzkj vbnq fhgt").stdout
     assert output.startswith('Nothing close was found for "qwx zzkj vbnq fhgt": the best similarity is 0.')
-    assert "under the cut-off of 0.35" in output
+    assert "under the cut-off of 0.5" in output
     assert "no feature passes the filters" in shell("search", "dogs", "--status", "rare").stdout
     assert shell.json("search", "dogs", "--status", "rare") == {
         "query": "dogs",
         "is_weak": True,
         "best_similarity": 0.0,
-        "weak_below": 0.35,
+        "weak_below": 0.5,
         "hits": [],
     }
 

@@ -28,8 +28,10 @@ from scopeatlas.subject.sites import Site
 if TYPE_CHECKING:
     import torch
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 SPLICE_TOKENS = 4096
+ABLATION_TOKENS = 1024
+"""The ablations cost a forward pass with logits each and differ from the clean loss by whole nats: fewer tokens do."""
 SPLICE_BATCH = 4
 DENSE_DENSITY = 0.1
 MAX_L0_RATIO = 3.0
@@ -40,7 +42,8 @@ MAX_FVU = 1.0
 class Fidelity:
     """An SAE's figures over a corpus. Losses are mean next-token cross-entropies in nats on `splice_tokens` tokens.
 
-    fvu: sum |y - y_hat|^2 / sum |y - mean(y)|^2 over unmasked tokens. l0: mean active features a token.
+    The ablated losses are measured on the first ABLATION_TOKENS of these tokens, as what they add to those tokens' clean
+    loss. fvu: sum |y - y_hat|^2 / sum |y - mean(y)|^2 over unmasked tokens. l0: mean active features a token.
     report_fvu, report_l0: the same over report documents alone, which matters for an SAE that was trained on others
     of the corpus. dead: share of features that never fire; dense: share that fire on more than a tenth of the tokens.
     """
@@ -95,7 +98,7 @@ def measure_fidelity(
     splices: _Splices | None = None
     for entry in entries:
         keys = activation_keys(corpus, entry, subject)
-        identity = content_hash(STAGE_VERSION, SPLICE_TOKENS, [key.identity for key in keys])
+        identity = content_hash(STAGE_VERSION, SPLICE_TOKENS, ABLATION_TOKENS, [key.identity for key in keys])
         path = fidelity_path(store, corpus.id, entry.key)
         if path.exists() and (body := read_json(path))["identity"] == identity:
             found[entry.key] = Fidelity(**body["fidelity"])
@@ -161,71 +164,70 @@ class _Splices:
     def __init__(self, corpus: Corpus, subject: SubjectModel, log: Log):
         self.subject, self.log = subject, log
         self.tokens = _fixed_tokens(corpus)
+        self._few = self.tokens[: max(1, ABLATION_TOKENS // self.tokens.shape[1])]
         self._ablations: dict[Site, tuple[float, float]] = {}
-        self._clean: float | None = None
+        self._clean: tuple[float, float] | None = None  # on all tokens, on those of the ablations
 
     def losses(self, dictionary: SparseDictionary) -> dict[str, float | int]:
         """The loss figures of one dictionary, as `Fidelity` names them."""
         site = dictionary.site_out
         self.log(f"fidelity: splicing the reconstruction in at {site}, {self.tokens.size:,} tokens")
         if self._clean is None:
-            self._clean = self._loss(None, None)
+            per_context = self._losses(self.tokens)
+            self._clean = _mean_loss(per_context, self.tokens), _mean_loss(per_context[: len(self._few)], self._few)
         if site not in self._ablations:
             mean = self._mean(site)
             self._ablations[site] = (
-                self._loss(site, lambda acts, _: mean.expand_as(acts)),
-                self._loss(site, lambda acts, _: acts * 0),
+                _mean_loss(self._losses(self._few, site, lambda acts, _: mean.expand_as(acts)), self._few),
+                _mean_loss(self._losses(self._few, site, lambda acts, _: acts * 0), self._few),
             )
-        mean_ablated, zero_ablated = self._ablations[site]
+        clean, clean_few = self._clean
+        mean_ablated, zero_ablated = (clean + loss - clean_few for loss in self._ablations[site])
 
         def reconstruct(acts: "torch.Tensor", inputs: "torch.Tensor") -> "torch.Tensor":
             x = inputs.reshape(-1, inputs.shape[-1])
             return dictionary.decode(dictionary.encode(x), x).reshape(acts.shape)
 
-        spliced = self._loss(site, reconstruct, dictionary.site_in)
+        spliced = _mean_loss(self._losses(self.tokens, site, reconstruct, dictionary.site_in), self.tokens)
         return {
             "splice_tokens": int((self.tokens >= 0).sum()),
-            "loss_clean": self._clean,
+            "loss_clean": clean,
             "loss_spliced": spliced,
             "loss_mean_ablated": mean_ablated,
             "loss_zero_ablated": zero_ablated,
         }
 
-    def _loss(
+    def _losses(
         self,
-        site: Site | None,
-        replace: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None",
+        tokens: np.ndarray,
+        site: Site | None = None,
+        replace: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None" = None,
         site_in: Site | None = None,
-    ) -> float:
-        """Mean cross-entropy with `replace(activation, input activation)` at `site`; BOS and padding are left alone."""
+    ) -> np.ndarray:
+        """Summed cross-entropy of each context, float64 [n], with `replace(activation, input activation)` at `site`.
+
+        BOS and padding keep their activations.
+        """
         import torch
 
         model, device = self.subject.model, self.subject.resolved_device
-        total, count = 0.0, 0
-        for rows in batches(self.tokens, SPLICE_BATCH):
-            tokens = torch.from_numpy(self.tokens[rows]).long().to(device)
-            mask = torch.from_numpy(text_mask(self.tokens[rows], self.subject)).to(device)
+        sums = []
+        for rows in batches(tokens, SPLICE_BATCH):
+            batch = torch.from_numpy(tokens[rows]).long().to(device)
+            mask = torch.from_numpy(text_mask(tokens[rows], self.subject)).to(device)
             with torch.no_grad():
                 if site is None or replace is None:
-                    logits = run_model(model, tokens, logits=True)
+                    logits = run_model(model, batch, logits=True)
                 else:
-                    inputs = capture(model, tokens, [site_in])[site_in] if site_in and site_in != site else None
-
-                    def edit(
-                        acts: "torch.Tensor", inputs: "torch.Tensor | None" = inputs, mask: "torch.Tensor" = mask
-                    ) -> "torch.Tensor":
-                        replaced = replace(acts, acts if inputs is None else inputs)
-                        return torch.where(mask.unsqueeze(-1), replaced.to(acts.dtype), acts)
-
-                    with editing(model, site, edit):  # pyright: ignore[reportGeneralTypeIssues]
-                        logits = run_model(model, tokens, logits=True)
-                targets = tokens[:, 1:]
+                    inputs = capture(model, batch, [site_in])[site_in] if site_in and site_in != site else None
+                    with editing(model, site, _masked(replace, mask, inputs)):
+                        logits = run_model(model, batch, logits=True)
+                targets = batch[:, 1:]
                 # logsumexp and gather instead of cross_entropy: a quarter of a million logits a token are read, never copied.
                 chosen = logits[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
                 loss = torch.where(targets >= 0, logits[:, :-1].logsumexp(2) - chosen, 0.0)
-            total += float(loss.double().sum())
-            count += int((targets >= 0).sum())
-        return total / count
+            sums.append(loss.double().sum(1).cpu().numpy())
+        return np.concatenate(sums)
 
     def _mean(self, site: Site) -> "torch.Tensor":
         """The mean activation at a site over the fixed tokens, BOS left out."""
@@ -238,6 +240,23 @@ class _Splices:
             acts = capture(self.subject.model, tokens, [site])[site][mask].double()
             total, count = total + acts.sum(0), count + len(acts)
         return (total / count).float()  # type: ignore[union-attr]
+
+
+def _masked(
+    replace: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", mask: "torch.Tensor", inputs: "torch.Tensor | None"
+) -> "Callable[[torch.Tensor], torch.Tensor]":
+    """An edit that replaces activations where `mask` holds; `inputs` are those of another site, if it reads one."""
+
+    def edit(acts: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        return torch.where(mask.unsqueeze(-1), replace(acts, acts if inputs is None else inputs).to(acts.dtype), acts)
+
+    return edit
+
+
+def _mean_loss(sums: np.ndarray, tokens: np.ndarray) -> float:
+    return float(sums.sum() / (tokens[:, 1:] >= 0).sum())
 
 
 def _fixed_tokens(corpus: Corpus) -> np.ndarray:

@@ -4,11 +4,13 @@ What belongs here: assembling rows and the text that is embedded. What does not:
 them (`publish.py`).
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from scopeatlas.atlas.tables import FEATURE_ROW
 from scopeatlas.dictionaries.releases import SaeEntry
@@ -23,9 +25,12 @@ TRIGGER_TOKENS = 5
 SHOWN_PROMOTED = 5
 STRONGEST = 10
 """Strongest peaks that trigger tokens are counted over."""
-EMBEDDED, BEFORE, AFTER = 3, 5, 6
-"""So many peaks' surroundings, so many tokens before and after, go into the text that is embedded."""
+CONSISTENT_SHARE = 0.5
+TRIGGER_WORDS, SHARED_WORDS, SHARED_BY = 6, 4, 5
+"""At most so many words that a feature fires on, so many that windows share, and by how many of them."""
 PUNCTUATION = ".,;:!?()[]{}'\"*=-–"
+STOP_WORDS = ENGLISH_STOP_WORDS | {"s", "t", "bos"}
+_CONTENT_WORD = re.compile(r"[^\W\d_]{3,}")
 UNEVIDENCED = ("dead", "rare", "too_few_documents")
 
 
@@ -73,9 +78,8 @@ def feature_rows(
 
 
 def _evidence(path: Path) -> pl.DataFrame:
-    """Per feature: snippets (held out first), trigger_tokens (at the strongest peaks of any split, most frequent first),
-    words (the words those tokens are of) and around (what stands near the strongest peaks); the last two for embedding.
-    """
+    """Per feature: snippets (held out first), trigger_tokens (at the strongest peaks of any split, most frequent first)
+    and the words that describe it, for embedding."""
     windows = read_examples(path).filter(pl.col("kind") == "top")
     held_out_first = pl.col("split").replace_strict({"report": 0, "select": 1, "explain": 2}, return_dtype=pl.Int8)
     shown = windows.sort("feature", held_out_first, "rank").group_by("feature", maintain_order=True).head(SNIPPETS)
@@ -88,12 +92,27 @@ def _evidence(path: Path) -> pl.DataFrame:
     for (feature,), mine in strongest.group_by(["feature"], maintain_order=True):
         peaks = list(zip(mine["texts"].to_list(), mine["peak_at"].to_list(), strict=True))
         triggers = Counter(tokens[at].strip() or tokens[at] for tokens, at in peaks)
-        words = Counter(word_around(tokens, at) for tokens, at in peaks)
-        around = [" ".join("".join(tokens[max(0, at - BEFORE) : at + AFTER]).split()) for tokens, at in peaks[:EMBEDDED]]
-        most = [[text for text, _ in counter.most_common(TRIGGER_TOKENS) if text] for counter in (triggers, words)]
-        rows.append((feature, snippets.get(feature, []), *most, around))
-    names = ("snippets", "trigger_tokens", "words", "around")
+        most = [text for text, _ in triggers.most_common(TRIGGER_TOKENS)]
+        rows.append((feature, snippets.get(feature, []), most, described_by(peaks)))
+    names = ("snippets", "trigger_tokens", "words")
     return pl.DataFrame(rows, schema={"feature": pl.UInt32, **dict.fromkeys(names, pl.List(pl.String))}, orient="row")
+
+
+def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
+    """Words that describe a feature, from the windows (token texts, place of the peak) of its strongest peaks.
+
+    First the words it fires on: those it fires on repeatedly, if they make up half of the peaks; then content words that several windows
+    share. What merely stands near a single peak says more about that document than about the feature.
+    """
+    fired = Counter(word for tokens, at in peaks if (word := word_around(tokens, at).casefold()))
+    repeated = {word: count for word, count in fired.items() if count > 1}
+    is_consistent = sum(repeated.values()) >= CONSISTENT_SHARE * len(peaks)
+    on = [word for word, _ in Counter(repeated if is_consistent else fired).most_common(TRIGGER_WORDS)]
+    held = Counter(word for tokens, _ in peaks for word in set(_CONTENT_WORD.findall("".join(tokens).casefold())))
+    shared = [w for w, count in held.most_common(3 * SHARED_WORDS) if count >= SHARED_BY and w not in on and w not in STOP_WORDS]
+    # Where nothing repeats, stop words stay in: they are how a feature that fires here and there comes to match nothing.
+    told = [word for word in on if word not in STOP_WORDS] if is_consistent else on
+    return [*told, *shared[:SHARED_WORDS]] or on
 
 
 def word_around(tokens: Sequence[str], at: int) -> str:
@@ -113,12 +132,12 @@ def _token_lists(ids: pl.Series, subject: SubjectModel) -> pl.Series:
 
 
 def _search_texts(rows: pl.DataFrame) -> pl.Series:
-    """What is embedded: the label, the words it fires on, and what stands around its strongest peaks.
+    """What is embedded: the label, and the words that describe the feature.
 
     Empty for a feature that was refused for want of evidence: a handful of contexts describes nothing.
     """
     texts = []
-    for row in rows.select("status", "label", "words", "around").iter_rows(named=True):
-        parts = [row["label"], ", ".join(row["words"] or []), " ... ".join(row["around"] or [])]
-        texts.append("" if row["status"] in UNEVIDENCED else ". ".join(part for part in parts if part))
+    for row in rows.select("status", "label", "words").iter_rows(named=True):
+        parts = [row["label"], ", ".join(row["words"] or [])]
+        texts.append("" if row["status"] in UNEVIDENCED else ": ".join(part for part in parts if part))
     return pl.Series(texts, dtype=pl.String)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from lancedb.expr import Expr
     from lancedb.table import Table
 
-WEAK_SIMILARITY = 0.35
-"""Below this cosine the best hit of a search is chance more often than an answer (MiniLM; to be calibrated)."""
+WEAK_SIMILARITY = 0.5
+"""Below this cosine the best hit of a search is chance more often than an answer (MiniLM; `bench/cutoff.py`)."""
 _COLUMNS = list(FEATURE_ROW)
 _OVERVIEW_COLUMNS = ["release", "sae", "model", "layer", "label", "f1"]
 _LISTED_COLUMNS = ["feature", "status", "method", "label", "f1", "density"]
