@@ -95,7 +95,9 @@ class Embedder:
     def model(self) -> "SentenceTransformer":
         import torch
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         try:
             return SentenceTransformer(str(self.folder), device=device, model_kwargs={"dtype": torch.float32}).eval()

@@ -22,7 +22,7 @@ from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 TILE_FEATURES = 2048
 METRICS = ("precision", "recall", "f1", "balanced_accuracy")
 
@@ -93,7 +93,7 @@ def score_labels(
 def score_rules(units: Units, report: Firings, rules: dict[int, Rule], settings: ScoreSettings) -> pl.DataFrame:
     """Each rule against its own feature and, as the control, another feature's rule against it.
 
-    Columns: feature, method, status (scored, too_few_documents), unit, documents (report documents it fires in),
+    Columns: feature, method, status (scored, too_few_documents), label, unit, documents (report documents it fires in),
     fired, claimed, true_positive (units), each metric with _low and _high (95 %, bootstrap over documents),
     constant_f1, lift, and shuffled_f1 with its interval. Metrics are null where refused.
     """
@@ -147,6 +147,7 @@ def _score_tile(
             "feature": pl.Series(features, dtype=pl.UInt32),
             "method": pl.Series(["rule"] * len(features), dtype=pl.String),
             "status": pl.Series(np.where(is_scored, "scored", "too_few_documents").tolist(), dtype=pl.String),
+            "label": pl.Series([rules[f].short() for f in features], dtype=pl.String),
             "unit": pl.Series([rules[f].unit for f in features], dtype=pl.String),
             "documents": pl.Series(documents, dtype=pl.Int32),
             "fired": pl.Series(fired, dtype=pl.Int64),

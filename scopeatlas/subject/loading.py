@@ -63,7 +63,9 @@ class SubjectModel:
     def model(self) -> "PreTrainedModel":
         """The model, in eval mode, on `resolved_device` and in `resolved_dtype`."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(self.folder, revision=self.revision, dtype=self.resolved_dtype)
         except (OSError, ValueError) as error:

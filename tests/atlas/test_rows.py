@@ -1,7 +1,7 @@
 import polars as pl
 import pytest
 
-from scopeatlas.atlas.rows import PUNCTUATION, SNIPPETS, TRIGGER_TOKENS, feature_rows, word_around
+from scopeatlas.atlas.rows import PUNCTUATION, SNIPPETS, TRIGGER_TOKENS, described_by, feature_rows, word_around
 from scopeatlas.atlas.tables import FEATURE_ROW, checked_rows
 from scopeatlas.dictionaries.releases import open_dictionary
 from scopeatlas.hypotheses.labels import LABEL_SCHEMA
@@ -111,10 +111,9 @@ def test_whether_a_refused_feature_has_a_search_text_is_a_matter_of_its_evidence
     assert bool(text) == (status in {"incoherent", "dense"})
 
 
-def test_a_search_text_holds_the_label_the_words_and_their_surroundings(planted):
+def test_a_search_text_holds_the_label_and_the_words_the_feature_fires_on(planted):
     row = planted.rows().row(EXACT, named=True)
-    assert row["search_text"].startswith("the. the. ")
-    assert row["search_text"].count(" ... ") == 2
+    assert row["search_text"].startswith("the: the")
     dense = planted.rows().row(DENSE, named=True)
     assert dense["label"] == "" and dense["search_text"]
 
@@ -177,3 +176,23 @@ def test_an_sae_without_a_single_rule_has_rows_all_the_same(planted):
 
 def test_words_lose_all_punctuation_at_their_ends():
     assert word_around([f"{PUNCTUATION}word{PUNCTUATION}"], 0) == "word"
+
+
+def test_a_feature_is_described_by_the_words_it_repeatedly_fires_on():
+    peaks = [
+        ([" in", " March", ",", " 1990"], 1),
+        ([" last", " April"], 1),
+        ([" by", " March"], 1),
+        ([" on", " April"], 1),
+        ([" a", " cat"], 1),
+    ]
+    assert described_by(peaks) == ["march", "april"]
+
+
+def test_a_feature_that_fires_here_and_there_keeps_its_stop_words():
+    assert described_by([([" the"], 0), ([" war"], 0), ([" of"], 0), ([" ets"], 0)]) == ["the", "war", "of", "ets"]
+
+
+def test_a_content_word_that_most_windows_share_describes_the_feature_too():
+    peaks = [([" the", " acid", f" x{i}"], 0) for i in range(5)]
+    assert described_by(peaks) == ["acid"]

@@ -45,7 +45,7 @@ def test_each_stage_charts_its_numbers_and_shows_examples(finished: World):
     assert "labelled_share" in materialisations(finished, "feature_labels", key)[0]
     assert "mean_f1" in materialisations(finished, "label_scores", key)[0]
     assert "data:image/png;base64" in materialisations(finished, "feature_examples", key)[0]["densities"].value
-    assert "**" in materialisations(finished, "feature_index", key)[0]["preview"].value
+    assert "F1" in materialisations(finished, "feature_index", key)[0]["preview"].value
 
 
 def test_pool_limits_are_set(finished: World):
