@@ -25,8 +25,8 @@ def escape(text: str) -> str:
 
 
 def highlighted(snippet: str) -> str:
-    """A snippet with what stands between «» as code: bold is not recognised next to punctuation or inside a word."""
-    return re.sub(r"«([^»]*)»|([^«]+)", lambda m: code(m[1]) if m[1] is not None else escape(m[2]), snippet)
+    """A snippet with what stands between «» as code: bold alone is not recognised next to punctuation or inside a word."""
+    return re.sub(r"«([^»]*)»|([^«]+)", lambda m: f"«{code(m[1])}»" if m[1] is not None else escape(m[2]), snippet)
 
 
 def code(text: str) -> str:
