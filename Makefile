@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/demo.yaml
 export DAGSTER_HOME := $(CURDIR)
 export SCOPE_ATLAS_CONFIG := $(CONFIG)
+export TQDM_DISABLE := 1
 
 .PHONY: help install demo run ui figures test lint clean
 

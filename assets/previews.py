@@ -86,7 +86,7 @@ def histogram_image(values: pl.Series, xlabel: str, ylabel: str, *, control: pl.
     figure = Figure(figsize=(5, 2.4), dpi=100, layout="constrained")
     axes = figure.subplots()
     both = values if control is None else pl.concat([values, control])
-    bins = np.linspace(float(both.min() or 0.0), float(both.max() or 1.0), 31)  # pyright: ignore[reportArgumentType]
+    bins = np.linspace(float(both.min() or 0.0), float(both.max() or 1.0), 31).tolist()  # pyright: ignore[reportArgumentType]
     if control is not None:
         axes.hist(control.drop_nulls().to_numpy(), bins=bins, color="#b8b8b8", label="shuffled label")
         axes.set_yscale("log")  # nearly all controls lie in the first bin

@@ -106,9 +106,9 @@ def measure_fidelity(
         splices = splices or _Splices(corpus, subject, log)
         dictionary = open_dictionary(entry).to(subject.resolved_device)
         fidelity = Fidelity(
-            **_moments(store, corpus, entry, subject),
+            **_moments(store, corpus, entry, subject),  # pyright: ignore[reportArgumentType]
             target_l0=dictionary.target_l0,
-            **splices.losses(dictionary),  # pyright: ignore[reportArgumentType]
+            **splices.losses(dictionary),
         )
         write_json(path, {"identity": identity, "fidelity": asdict(fidelity)})
         found[entry.key] = fidelity
