@@ -5,11 +5,15 @@ webserver.
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import sys
 import time
+import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -19,6 +23,7 @@ from resources.scenario import VARIABLE, load_scenario, scenario_path
 from scopeatlas.errors import ConfigError, ScopeAtlasError
 
 POOLS = {"gpu": 1, "llm": 4, "atlas": 1}
+PROCESS_LOCK = "scope_atlas/process_lock"
 RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
 
@@ -34,6 +39,45 @@ def register(instance: dg.DagsterInstance, resources: dict) -> list[str]:
     for pool, limit in POOLS.items():
         instance.event_log_storage.set_concurrency_slots(pool, limit)
     return [entry.key for entry in entries]
+
+
+@contextmanager
+def alive(instance: dg.DagsterInstance) -> Iterator[str]:
+    """Hold a lock for as long as this process lives; yields its path, which marks this process's runs."""
+    folder = Path(instance.root_directory) / ".dagster" / "headless"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{uuid.uuid4()}.lock"
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield str(path)
+    path.unlink()
+
+
+def release_dead_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Fail the headless runs whose process was killed and free the pool slots they hold; returns their ids.
+
+    Run monitoring does this for runs of the daemon. Without one, the next run would wait for those slots for ever.
+    """
+    unfinished = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+    released = []
+    for run in instance.get_runs(filters=dg.RunsFilter(statuses=unfinished)):
+        lock = run.tags.get(PROCESS_LOCK)
+        if lock is not None and not _is_held(Path(lock)):
+            instance.report_run_failed(run, "its process was killed; a new run continues where it stopped")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            released.append(run.run_id)
+    return released
+
+
+def _is_held(lock: Path) -> bool:
+    if not lock.exists():
+        return False
+    with lock.open("r") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def stretches(keys: list[str], all_keys: list[str]) -> list[tuple[str, str]]:
@@ -53,11 +97,18 @@ def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) 
     """Run index_release for `keys` in this process; returns whether every run succeeded."""
     from pipelines.definitions import build_defs
 
-    job = build_defs(resources).resolve_job_def("index_release")
+    for run_id in release_dead_runs(instance):
+        print(f"run {run_id[:8]} was killed; its place is freed and its finished shards are reused")
+    with alive(instance) as lock:
+        return _run(build_defs(resources), instance, keys, lock)
+
+
+def _run(definitions: dg.Definitions, instance: dg.DagsterInstance, keys: list[str], lock: str) -> bool:
+    job = definitions.resolve_job_def("index_release")
     succeeded = True
     for first, last in stretches(keys, list(instance.get_dynamic_partitions(SAES_NAME))):
         config = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
-        tags = {RANGE_START: first, RANGE_END: last}
+        tags = {RANGE_START: first, RANGE_END: last, PROCESS_LOCK: lock}
         result = job.execute_in_process(run_config=config, instance=instance, tags=tags, raise_on_error=False)
         for event in result.all_events:
             if event.event_type == dg.DagsterEventType.STEP_FAILURE:

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines.bootstrap import POOLS, materialise, register, stretches
+from pipelines.bootstrap import POOLS, PROCESS_LOCK, alive, materialise, register, release_dead_runs, stretches
+from pipelines.definitions import build_defs
 from scopeatlas import open_atlas
 from scopeatlas.atlas.tables import FEATURES, open_table
 from scopeatlas.storage.store import Store
@@ -121,3 +122,26 @@ def test_a_run_of_one_damaged_sae_fails_with_one_line_naming_the_file(
 def test_a_stretch_of_neighbouring_keys_is_one_run():
     assert stretches(["a", "b", "d"], ["a", "b", "c", "d"]) == [("a", "b"), ("d", "d")]
     assert stretches(["c", "a"], ["a", "b", "c"]) == [("a", "a"), ("c", "c")]
+
+
+def started_run(instance: dg.DagsterInstance, lock: str) -> dg.DagsterRun:
+    """A run that has started and holds the gpu pool's only slot, as a killed process leaves it."""
+    instance.event_log_storage.set_concurrency_slots("gpu", 1)
+    job = build_defs().resolve_job_def("index_release")
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_LOCK: lock})
+    instance.event_log_storage.claim_concurrency_slot("gpu", run.run_id, "activation_cache")
+    return run
+
+
+def test_the_pool_slot_of_a_killed_run_is_freed_and_the_run_marked_failed(instance: dg.DagsterInstance, tmp_path: Path):
+    run = started_run(instance, str(tmp_path / "gone.lock"))
+    assert release_dead_runs(instance) == [run.run_id]
+    assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == 0
+    assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
+
+
+def test_the_run_of_a_living_process_is_left_alone(instance: dg.DagsterInstance):
+    with alive(instance) as lock:
+        started_run(instance, lock)
+        assert release_dead_runs(instance) == []
+        assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == 1
