@@ -108,7 +108,7 @@ def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
     repeated = {word: count for word, count in fired.items() if count > 1}
     is_consistent = sum(repeated.values()) >= CONSISTENT_SHARE * len(peaks)
     on = [word for word, _ in Counter(repeated if is_consistent else fired).most_common(TRIGGER_WORDS)]
-    held = Counter(word for tokens, _ in peaks for word in set(_CONTENT_WORD.findall("".join(tokens).casefold())))
+    held = Counter(word for tokens, _ in peaks for word in sorted(set(_CONTENT_WORD.findall("".join(tokens).casefold()))))
     shared = [w for w, count in held.most_common(3 * SHARED_WORDS) if count >= SHARED_BY and w not in on and w not in STOP_WORDS]
     # Where nothing repeats, stop words stay in: they are how a feature that fires here and there comes to match nothing.
     told = [word for word in on if word not in STOP_WORDS] if is_consistent else on

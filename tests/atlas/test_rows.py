@@ -196,3 +196,8 @@ def test_a_feature_that_fires_here_and_there_keeps_its_stop_words():
 def test_a_content_word_that_most_windows_share_describes_the_feature_too():
     peaks = [([" the", " acid", f" x{i}"], 0) for i in range(5)]
     assert described_by(peaks) == ["acid"]
+
+
+def test_words_shared_by_as_many_windows_come_in_a_fixed_order():
+    peaks = [([" the", " links", " external", " acid"], 0) for _ in range(5)]
+    assert described_by(peaks) == ["acid", "external", "links"]
