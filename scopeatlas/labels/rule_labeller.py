@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from scopeatlas.corpus.documents import SPLITS, Split
+from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.hypotheses.labels import Label, Status
 from scopeatlas.hypotheses.metrics import lift
 from scopeatlas.hypotheses.rules import Rule, RuleKind
@@ -216,8 +216,3 @@ def _topic_lift(fires: sparse.csr_matrix, held: sparse.csr_matrix, best: np.ndar
     claimed, fired = np.asarray(claims.sum(axis=1)).ravel(), np.asarray(fires.sum(axis=1)).ravel()
     f1 = 2 * hits / (claimed + fired + PSEUDO_UNITS)
     return lift(f1, fired, np.full(len(f1), float(held.shape[0])))  # pyright: ignore[reportOptionalSubscript]
-
-
-def split_tokens(units: Units) -> dict[Split, int]:
-    """Counted tokens per split."""
-    return {split: int(units.in_split(split).sum()) for split in SPLITS}
