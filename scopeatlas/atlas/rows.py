@@ -105,14 +105,18 @@ def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
     share. What merely stands near a single peak says more about that document than about the feature.
     """
     fired = Counter(word for tokens, at in peaks if (word := word_around(tokens, at).casefold()))
-    repeated = {word: count for word, count in fired.items() if count > 1}
-    is_consistent = sum(repeated.values()) >= CONSISTENT_SHARE * len(peaks)
-    on = [word for word, _ in Counter(repeated if is_consistent else fired).most_common(TRIGGER_WORDS)]
+    enough = CONSISTENT_SHARE * len(peaks)
+    repeated = {word: count for word, count in fired.items() if count > 1 and word not in STOP_WORDS}
+    is_consistent = sum(repeated.values()) >= enough
+    token, most = Counter(tokens[at].strip().casefold() for tokens, at in peaks).most_common(1)[0] if peaks else ("", 0)
+    if is_consistent or most < enough or not token:
+        on = [word for word, _ in Counter(repeated if is_consistent else fired).most_common(TRIGGER_WORDS)]
+    else:
+        on = [token]  # one piece of many words, as "al" in alga and albedo: the words themselves would mislead
     held = Counter(word for tokens, _ in peaks for word in sorted(set(_CONTENT_WORD.findall("".join(tokens).casefold()))))
     shared = [w for w, count in held.most_common(3 * SHARED_WORDS) if count >= SHARED_BY and w not in on and w not in STOP_WORDS]
     # Where nothing repeats, stop words stay in: they are how a feature that fires here and there comes to match nothing.
-    told = [word for word in on if word not in STOP_WORDS] if is_consistent else on
-    return [*told, *shared[:SHARED_WORDS]] or on
+    return [*on, *shared[:SHARED_WORDS]]
 
 
 def word_around(tokens: Sequence[str], at: int) -> str:
