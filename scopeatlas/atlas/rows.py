@@ -7,10 +7,10 @@ them (`publish.py`).
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import polars as pl
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from scopeatlas.atlas.tables import FEATURE_ROW
 from scopeatlas.dictionaries.releases import SaeEntry
@@ -29,7 +29,6 @@ CONSISTENT_SHARE = 0.5
 TRIGGER_WORDS, SHARED_WORDS, SHARED_BY = 6, 4, 5
 """At most so many words that a feature fires on, so many that windows share, and by how many of them."""
 PUNCTUATION = ".,;:!?()[]{}'\"*=-–"
-STOP_WORDS = ENGLISH_STOP_WORDS | {"s", "t", "bos"}
 _CONTENT_WORD = re.compile(r"[^\W\d_]{3,}")
 UNEVIDENCED = ("dead", "rare", "too_few_documents")
 
@@ -106,7 +105,7 @@ def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
     """
     fired = Counter(word for tokens, at in peaks if (word := word_around(tokens, at).casefold()))
     enough = CONSISTENT_SHARE * len(peaks)
-    repeated = {word: count for word, count in fired.items() if count > 1 and word not in STOP_WORDS}
+    repeated = {word: count for word, count in fired.items() if count > 1 and word not in stop_words()}
     is_consistent = sum(repeated.values()) >= enough
     token, most = Counter(tokens[at].strip().casefold() for tokens, at in peaks).most_common(1)[0] if peaks else ("", 0)
     if is_consistent or most < enough or not token:
@@ -114,9 +113,19 @@ def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
     else:
         on = [token]  # one piece of many words, as "al" in alga and albedo: the words themselves would mislead
     held = Counter(word for tokens, _ in peaks for word in sorted(set(_CONTENT_WORD.findall("".join(tokens).casefold()))))
-    shared = [w for w, count in held.most_common(3 * SHARED_WORDS) if count >= SHARED_BY and w not in on and w not in STOP_WORDS]
+    shared = [
+        w for w, count in held.most_common(3 * SHARED_WORDS) if count >= SHARED_BY and w not in on and w not in stop_words()
+    ]
     # Where nothing repeats, stop words stay in: they are how a feature that fires here and there comes to match nothing.
     return [*on, *shared[:SHARED_WORDS]]
+
+
+@cache
+def stop_words() -> frozenset[str]:
+    """Words that say nothing about a feature by themselves; scikit-learn takes a second to import, so only when asked."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return ENGLISH_STOP_WORDS | {"s", "t", "bos"}
 
 
 def word_around(tokens: Sequence[str], at: int) -> str:
