@@ -1,12 +1,15 @@
 """The activation cache asset and its blocking fidelity check. Not here: the pass or the figures (scopeatlas/activations)."""
 
+from dataclasses import replace
+
 import dagster as dg
 
 from assets.corpus import corpus_sample
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
-from assets.support import SaeRun, failures, for_each_sae, open_run
+from assets.support import Events, Outcome, SaeRun, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.labelling import LabellingResource
+from resources.sae import SaeSourceResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
 from scopeatlas.activations import cache
@@ -30,7 +33,7 @@ from scopeatlas.storage.records import generation
             "fidelity",
             asset="activation_cache",
             blocking=True,
-            description="FVU below 1 and L0 within a factor of three of the release's own: otherwise no label is worth anything.",
+            description="FVU below 1, L0 within a factor of three of the release's own, no other reading that fits better.",
         )
     ],
     metadata={
@@ -48,34 +51,38 @@ def activation_cache(
     store: StoreResource,
     corpus: CorpusResource,
     subject: SubjectResource,
+    saes: SaeSourceResource,
     labelling: LabellingResource,
-) -> dg.MaterializeResult:
+) -> Events:
     """Non-zero activations of every SAE of the run from one shared pass of the subject model, as feature-sorted shards."""
+    log = context.log.info
     with failures("activation_cache", store.open(), list(context.partition_keys)):
         run = open_run(context, store, corpus, subject)
-        done = [e.key for e in run.entries if _is_scored(run, e, labelling)]
-        result = cache.cache_activations(run.store, run.corpus, run.entries, run.subject, unneeded=done, log=context.log.info)
-        sound = [e for e in run.entries if e.key not in result.failed]
-        found = measure_fidelity(run.store, run.corpus, sound, run.subject, log=context.log.info)
-    blocked = dict(result.failed)
-    for key, fidelity in found.items():
+        missing = saes.fetch(run.entries, log=log)
+        present = [e for e in run.entries if e.key not in missing]
+        scored = [e.key for e in present if _is_scored(run, e, labelling)]
+        result = cache.cache_activations(
+            run.store, run.corpus, present, run.subject, unneeded=scored, memory_bytes=subject.memory_bytes(), log=log
+        )
+        sound = [e for e in present if e.key not in result.failed]
+        measured = measure_fidelity(run.store, run.corpus, sound, run.subject, log=log)
+    stopped = missing | result.failed | measured.failed
+    for key, fidelity in measured.found.items():
         reason = fidelity.blocks()
         run.store.record_error(key, "fidelity", reason)
         if reason:
-            blocked[key] = reason
-    checked = SaeRun(run.store, run.corpus, run.subject, run.entries, result.failed)
+            stopped[key] = reason
 
-    def describe(entry: SaeEntry) -> tuple[dict[str, dg.MetadataValue], str, bool]:
-        keys = cache.activation_keys(run.corpus, entry, run.subject)
-        fidelity = found[entry.key]
+    def describe(entry: SaeEntry) -> Outcome:
+        fidelity = measured.found[entry.key]
         context.log.info(f"fidelity: {entry.key}: {summary(fidelity)}")
         metadata = fidelity_metadata(fidelity)
         if result.tokens:
             metadata["tokens_per_second"] = dg.MetadataValue.float(round(result.tokens / result.seconds, 1))
-        return metadata, generation(keys), result.reused
+            metadata["forward_passes_of_the_run"] = dg.MetadataValue.int(result.forward_passes)
+        return metadata, generation(cache.activation_keys(run.corpus, entry, run.subject)), result.reused
 
-    outcome = for_each_sae(context, checked, describe)
-    return dg.MaterializeResult(data_version=outcome.data_version, check_results=[_check(blocked, len(run.entries))])
+    yield from each_sae(context, replace(run, blocked=stopped), describe, checks=[_check(stopped, len(run.entries))])
 
 
 def _is_scored(run: SaeRun, entry: SaeEntry, labelling: LabellingResource) -> bool:
@@ -114,6 +121,15 @@ def fidelity_metadata(f: Fidelity) -> dict[str, dg.MetadataValue]:
         "loss_added": f.loss_added,
         "loss_recovered": f.recovered,
         "loss_recovered_against_mean": f.recovered_against_mean,
+        "bf16_flips": f.bf16_flips,
     }
     metadata: dict[str, dg.MetadataValue] = {name: dg.MetadataValue.float(round(value, 4)) for name, value in numbers.items()}
-    return {**metadata, "tokens": dg.MetadataValue.int(f.tokens)}
+    if len(f.fvu_per_output) > 1:
+        metadata["fvu_per_output"] = dg.MetadataValue.json([round(value, 4) for value in f.fvu_per_output])
+    return {**metadata, "readings_tried": _fits_table(f), "tokens": dg.MetadataValue.int(f.tokens)}
+
+
+def _fits_table(f: Fidelity) -> dg.MetadataValue:
+    """The release's own reading and every alternative, as a table."""
+    lines = ["| reading | FVU | L0 |", "|---|---|---|", *(f"| {fit.name} | {fit.fvu:.3f} | {fit.l0:.1f} |" for fit in f.fits)]
+    return dg.MetadataValue.md("\n".join(lines))

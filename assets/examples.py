@@ -6,7 +6,7 @@ import polars as pl
 from assets.activations import activation_cache
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
 from assets.previews import histogram_image
-from assets.support import failures, for_each_sae, open_run
+from assets.support import Events, Outcome, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
@@ -37,12 +37,12 @@ from scopeatlas.mining import examples
 )
 def feature_examples(
     context: dg.AssetExecutionContext, store: StoreResource, corpus: CorpusResource, subject: SubjectResource
-) -> dg.MaterializeResult:
+) -> Events:
     """Per feature and split: top and quantile-stratified examples, counts, density, histogram; promoted and suppressed tokens."""
     with failures("feature_examples"):
         run = open_run(context, store, corpus, subject)
 
-    def mine(entry: SaeEntry) -> tuple[dict[str, dg.MetadataValue], str, bool]:
+    def mine(entry: SaeEntry) -> Outcome:
         mined, reused = examples.mine_examples(run.store, run.corpus, entry, run.subject, log=context.log.info)
         features = mined.features
         live = features.filter(pl.col("tokens") > 0)
@@ -54,4 +54,4 @@ def feature_examples(
         }
         return metadata, mined.key.identity, reused
 
-    return for_each_sae(context, run, mine)
+    yield from each_sae(context, run, mine)

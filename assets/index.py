@@ -6,7 +6,7 @@ import polars as pl
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
 from assets.previews import feature_preview
 from assets.scores import label_scores
-from assets.support import failures, for_each_sae, open_run
+from assets.support import Events, Outcome, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.embedder import EmbedderResource
 from resources.labelling import LabellingResource
@@ -40,12 +40,12 @@ def feature_index(
     subject: SubjectResource,
     labelling: LabellingResource,
     embedder: EmbedderResource,
-) -> dg.MaterializeResult:
+) -> Events:
     """Every feature with its label, score and evidence, embedded and upserted into LanceDB as one generation per SAE."""
     with failures("feature_index"):
         run = open_run(context, store, corpus, subject)
 
-    def index(entry: SaeEntry) -> tuple[dict[str, dg.MetadataValue], str, bool]:
+    def index(entry: SaeEntry) -> Outcome:
         published = stage.index_features(
             run.store,
             run.corpus,
@@ -66,4 +66,4 @@ def feature_index(
         }
         return metadata, published.generation, published.reused
 
-    return for_each_sae(context, run, index)
+    yield from each_sae(context, run, index)

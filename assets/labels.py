@@ -5,7 +5,7 @@ import dagster as dg
 from assets.examples import feature_examples
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
 from assets.previews import label_preview
-from assets.support import failures, for_each_sae, open_run
+from assets.support import Events, Outcome, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.labelling import LabellingResource
 from resources.store import StoreResource
@@ -45,12 +45,12 @@ def feature_labels(
     corpus: CorpusResource,
     subject: SubjectResource,
     labelling: LabellingResource,
-) -> dg.MaterializeResult:
+) -> Events:
     """A label or a typed refusal for every feature: rules proposed on explain documents, chosen on select ones; an LLM if configured."""
     with failures("feature_labels"):
         run = open_run(context, store, corpus, subject)
 
-    def label(entry: SaeEntry) -> tuple[dict[str, dg.MetadataValue], str, bool]:
+    def label(entry: SaeEntry) -> Outcome:
         settings = labelling.labels()
         labels, reused = stage.label_features(run.store, run.corpus, entry, run.subject, settings=settings, log=context.log.info)
         statuses = labels.by_status()
@@ -63,4 +63,4 @@ def feature_labels(
         }
         return metadata, labels.key.identity, reused
 
-    return for_each_sae(context, run, label)
+    yield from each_sae(context, run, label)

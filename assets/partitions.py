@@ -6,6 +6,7 @@ SAES_NAME = "saes"
 SAES = dg.DynamicPartitionsDefinition(name=SAES_NAME)
 
 # SAEs of one run share the subject model's forward pass, so every SAE-partitioned asset carries this same policy.
-SHARED_RUNS = dg.BackfillPolicy.multi_run(max_partitions_per_run=8)
+# How many is a bound on what one run may lose; how many fit into memory together is planned when it starts.
+SHARED_RUNS = dg.BackfillPolicy.multi_run(max_partitions_per_run=16)
 
 OWNERS = ["team:scope-atlas"]

@@ -5,7 +5,7 @@ import dagster as dg
 from assets.labels import feature_labels
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
 from assets.previews import histogram_image, score_table
-from assets.support import failures, for_each_sae, open_run
+from assets.support import Events, Outcome, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.labelling import LabellingResource
 from resources.store import StoreResource
@@ -41,12 +41,12 @@ def label_scores(
     corpus: CorpusResource,
     subject: SubjectResource,
     labelling: LabellingResource,
-) -> dg.MaterializeResult:
+) -> Events:
     """Every rule label executed on report documents, with intervals over documents and the shuffled-label control beside it."""
     with failures("label_scores"):
         run = open_run(context, store, corpus, subject)
 
-    def score(entry: SaeEntry) -> tuple[dict[str, dg.MetadataValue], str, bool]:
+    def score(entry: SaeEntry) -> Outcome:
         scores, reused = stage.score_labels(
             run.store,
             run.corpus,
@@ -70,4 +70,4 @@ def label_scores(
             metadata["best_and_worst"] = score_table(scored)
         return metadata, scores.key.identity, reused
 
-    return for_each_sae(context, run, score)
+    yield from each_sae(context, run, score)

@@ -1,9 +1,9 @@
-"""What every asset body needs: errors turned into Failures, the run's SAEs, metadata for one partition.
+"""What every asset body needs: errors turned into Failures, the run's SAEs, each one's own outcome.
 
 Not here: anything about a single stage.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,11 +19,20 @@ from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
 Metadata = dict[str, dg.MetadataValue]
+Outcome = tuple[Metadata, str, bool]
+"""Of one SAE in one stage: metadata, the data version (a generation), whether everything was in place."""
+Events = Iterator[dg.AssetMaterialization | dg.AssetCheckResult | dg.MaterializeResult]
+
+CHAIN = ("activation_cache", "fidelity", "feature_examples", "feature_labels", "label_scores", "feature_index")
+"""What an SAE goes through, in order, as `store.errors` names it: an error in one stops it before the next."""
+
+# A run over several partitions materialises all of them or, with this tag, those that it says itself.
+_SAY_MATERIALISATIONS = "dagster/defer_asset_events"
 
 
 @contextmanager
 def failures(stage: str, store: Store | None = None, saes: list[str] | None = None) -> Iterator[None]:
-    """Turn an error of ours into a Failure with its message, remembered in the store for `scopeatlas status`."""
+    """Turn an error of ours that stops the whole step into a Failure, remembered in the store for `scopeatlas status`."""
     try:
         yield
     except ScopeAtlasError as error:
@@ -43,7 +52,7 @@ def _try_to_record(store: Store | None, sae: str, stage: str, message: str) -> N
 
 @dataclass(frozen=True)
 class SaeRun:
-    """What a step over one or more SAEs works with. `blocked`: SAEs that an earlier stage of theirs stopped."""
+    """What a step over one or more SAEs works with. blocked: why SAEs of the run were stopped, by key."""
 
     store: Store
     corpus: Corpus
@@ -57,39 +66,78 @@ class SaeRun:
 
 
 def open_run(context: dg.AssetExecutionContext, store: StoreResource, corpus: CorpusResource, subject: SubjectResource) -> SaeRun:
-    """The run's SAEs in the order of its partition keys, and the corpus they share."""
+    """The run's SAEs in the order of its partition keys, the corpus they share, and which an earlier stage stopped."""
     opened, model = store.open(), subject.open()
-    entries = [SaeEntry(**opened.entry(key)) for key in context.partition_keys]
-    errors = {entry.key: opened.errors(entry.key) for entry in entries}
-    early = ("activation_cache", "fidelity")
-    blocked = {key: "; ".join(e[s] for s in early if s in e) for key, e in errors.items() if any(s in e for s in early)}
+    entries = [SaeEntry.from_json(opened.entry(key)) for key in context.partition_keys]
+    earlier = CHAIN[: CHAIN.index(context.asset_key.to_user_string())]
+    errors = {entry.key: [text for stage, text in opened.errors(entry.key).items() if stage in earlier] for entry in entries}
+    blocked = {key: "; ".join(texts) for key, texts in errors.items() if texts}
     return SaeRun(opened, open_corpus(opened, corpus.settings().corpus_id(model)), model, entries, blocked)
 
 
-def for_each_sae(
-    context: dg.AssetExecutionContext, run: SaeRun, work: Callable[[SaeEntry], tuple[Metadata, str, bool]]
-) -> dg.MaterializeResult:
-    """Do `work` for every SAE that is not blocked, put each one's metadata on its own partition.
+def each_sae(
+    context: dg.AssetExecutionContext,
+    run: SaeRun,
+    work: Callable[[SaeEntry], Outcome],
+    *,
+    checks: Sequence[dg.AssetCheckResult] = (),
+) -> Events:
+    """Do `work` for every SAE that nothing has stopped; each has its own outcome on its own partition.
 
-    work returns metadata, the data version (a generation) and whether it found everything in place.
+    An SAE that fails is named, remembered in the store and left unmaterialised; the others go on. The last stage of the
+    run then fails, so that Dagster shows exactly those partitions as failed, and a backfill of them comes to an end.
     """
     stage = context.asset_key.to_user_string()
-    versions = {}
+    stopped, done = dict(run.blocked), {}
     for entry in run.open_entries:
-        with failures(stage, run.store, [entry.key]):
-            metadata, version, reused = work(entry)
-        run.store.record_error(entry.key, stage, None)
-        versions[entry.key] = version
-        said = "reused, nothing had changed" if reused else "done"
-        context.log.info(f"{stage}: {entry.key}: {said}")
-        context.add_asset_metadata({**metadata, "reused": dg.MetadataValue.bool(reused)}, partition_key=entry.key)
-    for key, reason in run.blocked.items():
+        try:
+            done[entry.key] = work(entry)
+        except Exception as error:  # whatever it is, it is about this SAE alone
+            stopped[entry.key] = str(error) if isinstance(error, ScopeAtlasError) else f"{type(error).__name__}: {error}"
+            if not isinstance(error, ScopeAtlasError):
+                context.log.exception(f"{stage}: {entry.key}")
+        run.store.record_error(entry.key, stage, stopped.get(entry.key))
+    for key, (_, _, reused) in done.items():
+        context.log.info(f"{stage}: {key}: {'reused, nothing had changed' if reused else 'done'}")
+    for key, reason in stopped.items():
         context.log.warning(f"{stage}: {key} is left out: {reason}")
-        context.add_asset_metadata({"left_out": dg.MetadataValue.text(reason)}, partition_key=key)
-    if not versions:
-        raise dg.Failure(
-            description=f"every SAE of this run is blocked: {next(iter(run.blocked.values()), '')}", allow_retries=False
+    if stopped:
+        yield from _only_the_done(context, done)
+        if not done or _is_last(context, stage):
+            yield from checks
+            raise _failure(stopped, len(run.entries))
+    for key, (metadata, _, reused) in done.items():
+        context.add_asset_metadata({**metadata, "reused": dg.MetadataValue.bool(reused)}, partition_key=key)
+    # A run of several partitions has one data version to give in its result, so it gives none rather than a wrong one.
+    only = next(iter(done.values()))[1] if len(context.partition_keys) == 1 else None
+    yield dg.MaterializeResult(data_version=dg.DataVersion(only[:16]) if only else None, check_results=list(checks))
+
+
+def _only_the_done(context: dg.AssetExecutionContext, done: Mapping[str, Outcome]) -> Iterator[dg.AssetMaterialization]:
+    """Materialisations of these partitions, and of no other of the run."""
+    # Read when the step's result is recorded, in this process; the stored run keeps the tags it was launched with.
+    context.run.tags[_SAY_MATERIALISATIONS] = "true"  # pyright: ignore[reportIndexIssue]
+    for key, (metadata, version, reused) in done.items():
+        yield dg.AssetMaterialization(
+            context.asset_key,
+            partition=key,
+            metadata={**metadata, "reused": dg.MetadataValue.bool(reused)},
+            tags={"dagster/data_version": version[:16]},
         )
-    # A version per partition can only be given for a run of one; a run of several shows none rather than a wrong one.
-    only = next(iter(versions.values())) if len(context.partition_keys) == 1 else None
-    return dg.MaterializeResult(data_version=dg.DataVersion(only[:16]) if only else None)
+
+
+def _is_last(context: dg.AssetExecutionContext, stage: str) -> bool:
+    """Whether no later stage is part of the run; every job of ours ends with the last one."""
+    selection = context.run.asset_selection
+    selected = CHAIN if selection is None else [s for s in CHAIN if dg.AssetKey(s) in selection]
+    return selected[-1] == stage
+
+
+def _failure(stopped: Mapping[str, str], total: int) -> dg.Failure:
+    listed = "; ".join(f"{key}: {reason}" for key, reason in stopped.items())
+    others = f"; the other {total - len(stopped)} are finished" if total > len(stopped) else ""
+    return dg.Failure(
+        description=f"{len(stopped)} of {total} SAEs stopped: {listed}{others}" if total > 1 else next(iter(stopped.values())),
+        metadata={key: dg.MetadataValue.text(reason) for key, reason in stopped.items()},
+        allow_retries=False,
+    )

@@ -50,7 +50,7 @@ def main() -> None:
     for title, settings in corpora.items():
         corpus, _ = build_corpus(store, settings, subject)
         cache_activations(store, corpus, entries, subject, log=print)
-        found = measure_fidelity(store, corpus, entries, subject, log=print)
+        found = measure_fidelity(store, corpus, entries, subject, log=print).found
         print(f"\n{title}: {corpus.facts['tokens']:,} tokens, {corpus.facts['documents_per_split']['report']} report documents")
         for entry in entries:
             print(f"  {entry.path}")

@@ -19,12 +19,12 @@ from pathlib import Path
 import dagster as dg
 
 from assets.partitions import SAES_NAME
+from pipelines.runs import RANGE_END, RANGE_START, stretches
 from resources.scenario import VARIABLE, load_scenario, scenario_path
 from scopeatlas.errors import ConfigError, ScopeAtlasError
 
 POOLS = {"gpu": 1, "llm": 4, "atlas": 1}
 PROCESS_LOCK = "scope_atlas/process_lock"
-RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
 
 def register(instance: dg.DagsterInstance, resources: dict) -> list[str]:
@@ -78,19 +78,6 @@ def _is_held(lock: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def stretches(keys: list[str], all_keys: list[str]) -> list[tuple[str, str]]:
-    """First and last key of each unbroken stretch of `keys` in `all_keys`: a stretch is one run with one shared pass."""
-    wanted, runs = set(keys), []
-    for place, key in enumerate(all_keys):
-        if key not in wanted:
-            continue
-        if runs and place and all_keys[place - 1] == runs[-1][1]:
-            runs[-1] = (runs[-1][0], key)
-        else:
-            runs.append((key, key))
-    return runs
 
 
 def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) -> bool:

@@ -4,7 +4,7 @@ import dagster as dg
 
 index_release = dg.define_asset_job(
     "index_release",
-    selection=dg.AssetSelection.all(),
+    selection=dg.AssetSelection.assets("feature_index").upstream(),
     description="Everything for the SAEs of the run, from the corpus to the atlas; finished stages are reused.",
 )
 
@@ -20,4 +20,10 @@ rebuild_index = dg.define_asset_job(
     description="Publish again from finished stages, after the embedder changed or the atlas was lost.",
 )
 
-JOBS = [index_release, relabel, rebuild_index]
+refresh_catalog = dg.define_asset_job(
+    "refresh_catalog",
+    selection=dg.AssetSelection.assets("sae_catalog"),
+    description="Look at every source of releases, and bring the catalog up to what was done with each SAE.",
+)
+
+JOBS = [index_release, relabel, rebuild_index, refresh_catalog]

@@ -21,15 +21,31 @@ class SubjectResource(dg.ConfigurableResource):
         default="auto", description="auto: bfloat16 on CUDA, float32 elsewhere. float16 overflows in Gemma and is not offered."
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    serves: list[str] = Field(
+        default=[],
+        description="Names under which releases know this model, such as google/gemma-3-270m; needed where `name` is a file or package.",
+    )
+    memory_gb: float | None = Field(
+        default=None, gt=0, description="GiB that the SAEs of a run may use beside the model; empty takes 80 % of what is free."
+    )
     cache: str = Field(default=".scopeatlas/models", description="Where a GGUF is unpacked, once.")
 
     def open(self) -> SubjectModel:
         """The model, shared by all steps of this process so that it is loaded once."""
-        return _subject(self.name, self.revision, self.precision, self.device, self.cache)
+        return _subject(self.name, self.revision, self.precision, self.device, self.cache, tuple(self.serves))
+
+    def memory_bytes(self) -> int | None:
+        """`memory_gb` in bytes."""
+        return None if self.memory_gb is None else int(self.memory_gb * 2**30)
 
 
 @lru_cache(maxsize=1)
 def _subject(
-    name: str, revision: str | None, precision: Literal["auto", "float32", "bfloat16"], device: str, cache: str
+    name: str,
+    revision: str | None,
+    precision: Literal["auto", "float32", "bfloat16"],
+    device: str,
+    cache: str,
+    serves: tuple[str, ...],
 ) -> SubjectModel:
-    return SubjectModel(name, revision, precision, device, Path(cache))
+    return SubjectModel(name, revision, precision, device, Path(cache), serves=serves)

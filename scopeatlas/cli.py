@@ -6,6 +6,7 @@ library) or how they look (`rendering.py`). Imports that take time are inside th
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from scopeatlas import __version__
 from scopeatlas.errors import DictionaryError, ScopeAtlasError, StoreError
 
 if TYPE_CHECKING:
+    from scopeatlas.dictionaries.sparse import SparseDictionary
     from scopeatlas.storage.store import Store
 
 STORE_VARIABLE = "SCOPE_ATLAS_STORE"
@@ -125,14 +127,21 @@ def search(
     rendering.print_json(facts | {"hits": [asdict(hit) for hit in results]})
 
 
+def _feature_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?", value):
+        raise click.BadParameter(f"'{value}' is neither a feature's number nor, of a multi-layer SAE, LAYER.INDEX such as 7.123")
+    return value
+
+
 @cli.command()
 @click.argument("sae")
-@click.argument("feature", type=click.IntRange(min=0))
+@click.argument("feature", callback=_feature_name)
 @click.option("--examples", type=click.IntRange(min=1), default=5, show_default=True, help="Strongest windows per split.")
 @_json_option
 @click.pass_obj
-def show(root: Path, sae: str, feature: int, examples: int, as_json: bool) -> None:
-    """Show one feature: its label, the test of it, and where it fires. SAE may be a part of a key."""
+def show(root: Path, sae: str, feature: str, examples: int, as_json: bool) -> None:
+    """Show one feature: its label, the test of it, and where it fires. SAE may be a part of a key; FEATURE is a number,
+    or LAYER.INDEX of a crosscoder or CLT."""
     from dataclasses import asdict
 
     from scopeatlas import rendering
@@ -198,14 +207,15 @@ def status(root: Path, as_json: bool) -> None:
 def prune(root: Path, sae: str | None, dry_run: bool, as_json: bool) -> None:
     """Free the activations of published SAEs, and generations that newer ones replaced."""
     from scopeatlas import rendering
+    from scopeatlas.storage.files import human_bytes
     from scopeatlas.upkeep import prune as free
 
     freed = free(_store(root), sae=sae, dry_run=dry_run)
     if as_json:
         rendering.print_json({"dry_run": dry_run, "freed_bytes": freed, "total_bytes": sum(freed.values())})
     elif freed:
-        rendering.print_table(rendering.console(), {key: rendering.human_bytes(size) for key, size in freed.items()})
-        click.echo(f"{rendering.human_bytes(sum(freed.values()))} {'would be freed' if dry_run else 'freed'}")
+        rendering.print_table(rendering.console(), ((key, human_bytes(size)) for key, size in freed.items()))
+        click.echo(f"{human_bytes(sum(freed.values()))} {'would be freed' if dry_run else 'freed'}")
     else:
         click.echo(f"nothing to free in {root}")
 
@@ -220,23 +230,95 @@ def check(folder: Path, as_json: bool) -> None:
 
     if not folder.is_dir():
         raise DictionaryError(f"{folder} is not a folder; give the folder that holds an SAE's weights")
-    dictionary = load_folder(folder)
-    low, high = float(dictionary.threshold.min()), float(dictionary.threshold.max())
-    facts: dict[str, object] = {
-        "folder": str(folder),
-        "kind": dictionary.kind,
-        "model": dictionary.model_name,
-        "site_in": str(dictionary.site_in),
-        "site_out": str(dictionary.site_out),
-        "width": dictionary.width,
-        "d_in": dictionary.d_in,
-        "target_l0": dictionary.target_l0,
-    }
+    facts: dict[str, object] = {"folder": str(folder), **_facts(load_folder(folder)), "outcome": "sound"}
     if as_json:
-        rendering.print_json(facts | {"threshold_min": low, "threshold_max": high})
+        rendering.print_json(facts)
+    else:
+        rendering.print_facts(rendering.console(), facts)
+
+
+def _facts(dictionary: "SparseDictionary") -> dict[str, object]:
+    """What `check` says of a dictionary that is sound."""
+    thresholds = [layer.threshold.aminmax() for layer in dictionary.layers if layer.threshold is not None]
+    activation = dictionary.activation
+    return {
+        "kind": dictionary.kind,
+        "family": dictionary.family,
+        "model": dictionary.model_name or None,
+        "sites_in": [str(site) for site in dictionary.sites_in],
+        "sites_out": [str(site) for site in dictionary.sites_out],
+        "width": dictionary.width,
+        "layers": len(dictionary.layers),
+        "features_per_layer": dictionary.features_per_layer,
+        "d_in": dictionary.d_in,
+        "d_out": dictionary.d_out,
+        "activation": activation.function if activation.k is None else f"{activation.function}, k = {activation.k}",
+        "input_norm": dictionary.norm,
+        "threshold_min": min((float(low) for low, _ in thresholds), default=None),
+        "threshold_max": max((float(high) for _, high in thresholds), default=None),
+        "target_l0": dictionary.target_l0,
+        "measured_l0": dictionary.measured_l0,
+        "bytes": dictionary.nbytes,
+        "notes": list(dictionary.notes),
+    }
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--tokens", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Tokens of the corpus.")
+@click.option("--context-length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of a context.")
+@click.option("--memory-gb", type=click.FloatRange(min=0), help="Memory besides the subject model [default: what is free].")
+@_json_option
+@click.pass_obj
+def plan(root: Path, folders: tuple[Path, ...], tokens: int, context_length: int, memory_gb: float | None, as_json: bool) -> None:
+    """What a pass over the SAEs in FOLDERS (releases, or single SAEs) would need of memory and disk, by shapes alone."""
+    from scopeatlas import rendering
+    from scopeatlas.planning import plan_folders
+
+    memory = None if memory_gb is None else int(memory_gb * 1e9)
+    made = plan_folders(folders, tokens=tokens, context_length=context_length, store=root, memory_bytes=memory)
+    if not as_json:
+        for line in made.lines():
+            click.echo(line)
         return
-    shown = {name.replace("_", " "): "unknown" if value is None else str(value) for name, value in facts.items()}
-    rendering.print_table(rendering.console(), shown | {"thresholds": f"{low:.4g} to {high:.4g}", "outcome": "sound"})
+    sizes = {
+        name: vars(footprint) | {"sites": {str(site): d for site, d in footprint.sites.items()}, "disk": made.disk[name]}
+        for name, footprint in made.footprints.items()
+    }
+    named = ("device", "available", "batch_tokens", "chunks", "batch", "refused")
+    rendering.print_json({name: getattr(made, name) for name in named} | {"footprints": sizes})
+
+
+@cli.command()
+@click.option("--model", help="Only SAEs of this model: gemma-3-1b is both of google/gemma-3-1b-pt and -it.")
+@click.option("--site", help="Only this site in the release's own word, such as resid_post; may be a glob.")
+@click.option("--width", help="Only this width: 16k, 1m or a number.")
+@click.option("--kind", help="Only this kind: sae, transcoder, crosscoder, clt.")
+@click.option("--state", help="Only SAEs in this state: ready, registered, published, ...")
+@click.option("--release", help="Only this release; may be a glob.")
+@_json_option
+@click.pass_obj
+def catalog(
+    root: Path,
+    model: str | None,
+    site: str | None,
+    width: str | None,
+    kind: str | None,
+    state: str | None,
+    release: str | None,
+    as_json: bool,
+) -> None:
+    """List every SAE that was ever seen, on the Hub or in a folder, and what became of it."""
+    from scopeatlas import rendering
+    from scopeatlas.atlas.catalog import read_catalog
+
+    rows = read_catalog(_store(root).root, model=model, site=site, width=width, kind=kind, state=state, release=release)
+    if as_json:
+        rendering.print_json(rows.to_dicts())
+    elif rows.is_empty():
+        click.echo("no SAE in the catalog matches")
+    else:
+        rendering.print_catalog(rendering.console(), rows)
 
 
 def _store(root: Path) -> "Store":

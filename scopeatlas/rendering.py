@@ -15,6 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scopeatlas.dictionaries.sparse import MULTI_LAYER
+from scopeatlas.storage.files import human_bytes
+from scopeatlas.subject.sites import parse_hook_points
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -68,16 +72,6 @@ def marked(text: str) -> Text:
     return line
 
 
-def human_bytes(count: int) -> str:
-    """1.5 MB, in powers of 1,000."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
 def share(value: float) -> str:
     """A density as a percentage of two significant digits."""
     return f"{value * 100:.2g} % of tokens" if value < 0.1 else f"{value * 100:.0f} % of tokens"
@@ -103,6 +97,28 @@ def score_line(hit: "FeatureHit") -> str:
     return f"F1 {_interval(hit.f1, hit.f1_low, hit.f1_high)}, shuffled control {_number(hit.shuffled_f1)}"
 
 
+def where(kind: str, site: str, site_out: str) -> str:
+    """What kind of feature it is, what it reads and, if that is another site, what it writes."""
+    return f"{kind} at {site}" if site == site_out else f"{kind} reading {site}, writing {sites(_outputs(kind, site_out))}"
+
+
+def sites(texts: Sequence[str]) -> str:
+    """One site, or how many and from which to which."""
+    return texts[0] if len(texts) == 1 else f"{len(texts)} sites, {texts[0]} to {texts[-1]}"
+
+
+def _outputs(kind: str, site_out: str) -> list[str]:
+    return [str(site) for site in parse_hook_points(site_out)] if kind in MULTI_LAYER else [site_out]
+
+
+def _norms(hit: "FeatureHit") -> str:
+    """The decoder norm at each output layer that a feature of a multi-layer kind writes to."""
+    if hit.kind not in MULTI_LAYER:
+        return ""
+    norms = zip(parse_hook_points(hit.site_out), hit.decoder_norms, strict=True)
+    return ", ".join(f"{norm:.3g} at layer {site.layer}" for site, norm in norms if norm > 0)
+
+
 def _number(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
 
@@ -125,7 +141,8 @@ def print_hits(out: Console, results: "SearchResults") -> None:
     for hit in results:
         out.print(Text(f"{hit.similarity or 0.0:.2f}  ").append(hit.key, style="cyan"), soft_wrap=True)
         out.print(Text("      ").append(title(hit)), soft_wrap=True)
-        out.print(Text(f"      {score_line(hit)} · fires on {share(hit.density)}", style="dim"), soft_wrap=True)
+        facts = (score_line(hit), f"fires on {share(hit.density)}", where(hit.kind, hit.site, hit.site_out))
+        out.print(Text("      " + " · ".join(facts), style="dim"), soft_wrap=True)
         for snippet in hit.snippets[:SEARCH_SNIPPETS]:
             out.print(Text("      ").append(marked(snippet)), soft_wrap=True)
         out.print()
@@ -139,7 +156,8 @@ def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", 
         ("status", f"{hit.status}, by {hit.method}" if hit.method else hit.status),
         ("reads", plain(hit.reads)),
         ("writes", plain(hit.writes)),
-        ("site", f"{hit.kind} at {hit.site} of {hit.model}"),
+        ("site", f"{where(hit.kind, hit.site, hit.site_out)} of {hit.model}"),
+        ("norms", _norms(hit)),
         ("corpus", hit.corpus),
         ("fires on", f"{share(hit.density)}, up to {hit.max_activation:.3g}"),
         ("promotes", quoted(hit.promoted)),
@@ -212,29 +230,64 @@ def _coloured(window: "Window", largest: float) -> Text:
 def print_saes(out: Console, saes: "pl.DataFrame") -> None:
     """The SAEs of an atlas."""
     table = Table(box=None, pad_edge=False)
-    for name in ("sae", "model", "layer", "features", "labelled", "mean F1", "published (UTC)"):
-        table.add_column(name, overflow="fold", justify="left" if name in {"sae", "model", "published (UTC)"} else "right")
+    for name in ("sae", "model", "kind", "layer", "features", "labelled", "mean F1", "published (UTC)"):
+        left = {"sae", "model", "kind", "published (UTC)"}
+        table.add_column(name, overflow="fold", justify="left" if name in left else "right")
     for row in saes.iter_rows(named=True):
-        counts = [str(row["layer"]), f"{row['features']:,}", f"{row['labelled']:,}", _number(row["mean_f1"])]
+        counts = [
+            _range(row["layer"], row["last_layer"]),
+            f"{row['features']:,}",
+            f"{row['labelled']:,}",
+            _number(row["mean_f1"]),
+        ]
         published = f"{row['published_at']:%Y-%m-%d %H:%M}" if row["published_at"] else "-"
-        table.add_row(Text(row["sae"], style="cyan"), Text(row["model"]), *counts, published)
+        table.add_row(Text(row["sae"], style="cyan"), Text(row["model"]), row["kind"], *counts, published)
     out.print(table)
 
 
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def print_catalog(out: Console, rows: "pl.DataFrame") -> None:
+    """SAEs that were seen, and what became of each; reasons whole, on lines of their own."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("release", "path", "model", "kind", "site", "layer", "width", "L0", "size", "state"):
+        table.add_column(name, overflow="fold", justify="right" if name in {"layer", "width", "L0", "size"} else "left")
+    for row in rows.iter_rows(named=True):
+        layers = _range(min(row["layers"]), max(row["layers"])) if row["layers"] else "-"
+        width, l0 = ("-" if row[name] is None else f"{row[name]:,.0f}" for name in ("width", "target_l0"))
+        named = [Text(plain(row[name])) for name in ("release", "path", "model", "kind", "site")]
+        table.add_row(*named, layers, width, l0, human_bytes(row["bytes"]), row["state"])
+    out.print(table)
+    for row in rows.filter(rows["reason"] != "").iter_rows(named=True):
+        what = f"{row['state']}  {row['release']}/{row['path']}: {row['reason']}"
+        out.print(Text(plain(what), style="dim"), soft_wrap=True)
+
+
 def print_features(out: Console, sae: str, page: "pl.DataFrame", *, offset: int, total: int) -> None:
-    """One page of an SAE's features."""
+    """One page of an SAE's features, each by its name."""
     table = Table(box=None, pad_edge=False)
     for name in ("feature", "status", "F1", "density", "label"):
         table.add_column(name, overflow="fold", justify="right" if name in {"feature", "F1", "density"} else "left")
     for row in page.iter_rows(named=True):
-        numbers = (str(row["feature"]), row["status"], _number(row["f1"]), f"{row['density'] * 100:.3g} %")
+        numbers = (row["key"].rpartition("/")[2], row["status"], _number(row["f1"]), f"{row['density'] * 100:.3g} %")
         table.add_row(*numbers, Text(plain(row["label"])))
     out.print(Text(sae, style="cyan"), soft_wrap=True)
     if page.height:
+        first = page.row(0, named=True)
+        out.print(Text(_heading(first["kind"], first["site"], first["site_out"]), style="dim"), soft_wrap=True)
         out.print(table)
     last = offset + page.height
     what = f"features {offset + 1:,} to {last:,} of {total:,}" if page.height else f"none of {total:,} features on this page"
     out.print(Text(what + (f"; --offset {last} shows more" if page.height and last < total else ""), style="dim"))
+
+
+def _heading(kind: str, site: str, site_out: str) -> str:
+    """What a page of features is of; those of a multi-layer kind read sites of their own."""
+    if kind in MULTI_LAYER:
+        return f"{kind} writing {sites(_outputs(kind, site_out))}; 7.123 is feature 123 of the encoder of layer 7"
+    return where(kind, site, site_out)
 
 
 def print_status(out: Console, lines: Sequence["SaeStatus"]) -> None:
@@ -252,8 +305,22 @@ def print_status(out: Console, lines: Sequence["SaeStatus"]) -> None:
             out.print(Text("error  ", style="red").append(plain(f"{line.sae}: {line.last_error}"), style="none"), soft_wrap=True)
 
 
-def print_table(out: Console, rows: Mapping[str, str]) -> None:
+def print_facts(out: Console, facts: Mapping[str, object]) -> None:
+    """Names and values, aligned: those that are known, sites condensed, several of anything else on lines of their own."""
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        shown = name.replace("_", " ")
+        if isinstance(value, list):
+            rows += [(shown, sites(value))] if name.startswith("sites") else [(shown, str(item)) for item in value]
+        elif value is not None:
+            number = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+            rows.append((shown, number))
+    print_table(out, rows)
+
+
+def print_table(out: Console, rows: Iterable[tuple[str, str]]) -> None:
     """Names and values, aligned."""
-    width = max((len(name) for name in rows), default=0)
-    for name, value in rows.items():
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
         out.print(Text(f"{name:<{width}}  ").append(plain(value)), soft_wrap=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scopeatlas.activations.cache import cache_activations, text_mask
+from scopeatlas.activations.cache import cache_activations
 from scopeatlas.corpus.build import Corpus, CorpusSettings, build_corpus
 from scopeatlas.corpus.contexts import ContextRules
 from scopeatlas.corpus.sampling import Sampling
@@ -60,6 +60,11 @@ def small_corpus(subject, tmp_path_factory) -> Stored:
 def medium_corpus(subject, tmp_path_factory) -> Stored:
     store = Store(tmp_path_factory.mktemp("medium"))
     return Stored(store, build_corpus(store, MEDIUM, subject)[0], [])
+
+
+def text_mask(tokens: np.ndarray, subject: SubjectModel) -> np.ndarray:
+    """Which positions of plain text count: no padding, no special token."""
+    return (tokens >= 0) & ~np.isin(tokens, subject.tokenizer.all_special_ids)
 
 
 def activations_at(site: str, stored: Stored, subject: SubjectModel) -> torch.Tensor:

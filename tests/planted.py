@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scopeatlas.activations.cache import activation_keys, text_mask
+from scopeatlas.activations.cache import activation_keys
 from scopeatlas.activations.shards import write_shard
 from scopeatlas.corpus.documents import SPLITS, Split
 from scopeatlas.hypotheses.rules import Rule
@@ -16,7 +16,7 @@ from scopeatlas.mining.examples import mine_examples
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.vocabulary import token_texts
-from tests.conftest import WIDTH, Stored
+from tests.conftest import WIDTH, Stored, text_mask
 
 EXACT, WORDS, SUFFIX, TOPIC, RANDOM, OTHER_RANDOM, RARE, DENSE, FEW_REPORT, NO_REPORT, DEAD = range(11)
 """EXACT fires on every " the" and nowhere else; FEW_REPORT and NO_REPORT on " of", in two report documents and in none.

@@ -1,8 +1,10 @@
 import json
+import math
+import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -10,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from scopeatlas.atlas.catalog import CatalogRow, record
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
 from scopeatlas.atlas.publish import publish
 from scopeatlas.cli import cli
@@ -173,6 +176,23 @@ def test_show_without_examples_or_a_label(shell):
     assert "no label (dead)" in shell("show", RES, "19").stdout
 
 
+def test_a_transcoder_is_shown_with_what_it_reads_and_what_it_writes(tmp_path):
+    row = {"kind": "transcoder", "site": "model.layers.0.mlp.input", "site_out": "model.layers.0.mlp.output"}
+    rows = feature_rows("tc-dddd4444", ["dogs and puppies"]).with_columns(**{name: pl.lit(text) for name, text in row.items()})
+    vectors = EmbeddingCache(tmp_path, Embedder()).embed(rows["search_text"].to_list())
+    publish(rows, vectors, root=tmp_path, folder=tmp_path / "tc", embedder=Embedder())
+    place = "transcoder reading model.layers.0.mlp.input, writing model.layers.0.mlp.output"
+    shown = [" ".join(line.split()) for line in Shell(tmp_path)("show", "tc", "0").stdout.splitlines()]
+    assert f"site {place} of toy" in shown and not any(line.startswith("norms") for line in shown)
+    assert place in Shell(tmp_path)("search", "dogs").stdout and place in Shell(tmp_path)("ls", "tc").stdout
+
+
+@pytest.mark.parametrize("name", ["seven", "7.", "7.1.2", "7,1"])
+def test_a_feature_is_named_by_a_number_or_layer_and_index(shell, name):
+    result = shell("show", RES, name)
+    assert result.exit_code == 2 and "LAYER.INDEX" in result.stderr
+
+
 def test_colours_come_by_activation(built, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLORTERM", "truecolor")
@@ -185,6 +205,7 @@ def test_ls_lists_saes_then_features_by_pages(shell):
     assert RES in (output := shell("ls").stdout) and MLP in output
     assert [sae["sae"] for sae in shell.json("ls")] == [MLP, RES]
     assert [f["feature"] for f in shell.json("ls", RES, "--offset", "17", "--limit", "2")["features"]] == [17, 18]
+    assert shell("ls", RES).stdout.startswith(f"{RES}\nsae at model.layers.3.output\n")
     page = shell("ls", "res-l3", "--limit", "4").stdout
     assert TEXTS[RES][3] in page and TEXTS[RES][4] not in page and "features 1 to 4 of 20; --offset 4 shows more" in page
     assert [f["feature"] for f in shell.json("ls", RES, "--status", "dead")["features"]] == [19]
@@ -247,27 +268,124 @@ def test_a_mistyped_status_lists_the_words(shell):
     assert result.exit_code == 2 and "too_few_documents" in result.stderr
 
 
-def test_check_says_what_a_folder_holds(tmp_path):
+@pytest.fixture
+def sound(tmp_path) -> Path:
+    """A release with one small SAE, in Gemma Scope 2's layout."""
     from tests.conftest import write_sae
 
-    w_dec = torch.nn.functional.normalize(torch.ones(6, 4), dim=1)
     tensors = {
         "w_enc": torch.zeros(4, 6),
         "b_enc": torch.zeros(6),
         "threshold": torch.arange(6) / 4,
-        "w_dec": w_dec,
+        "w_dec": torch.nn.functional.normalize(torch.ones(6, 4), dim=1),
         "b_dec": torch.zeros(4),
     }
-    folder = write_sae(tmp_path / "sae", tensors)
-    facts = Shell(tmp_path).json("check", str(folder))
-    assert (facts["kind"], facts["width"], facts["d_in"], facts["target_l0"]) == ("sae", 6, 4, 10)
-    assert (facts["site_in"], facts["threshold_max"]) == ("model.layers.1.output", 1.25)
-    assert "0 to 1.25" in Shell(tmp_path)("check", str(folder)).stdout
+    return write_sae(tmp_path / "gemma-scope-2-270m-pt" / "resid_post" / "layer_1_width_7k_l0_small", tensors)
 
-    weights = folder / "params.safetensors"
+
+def test_check_says_what_a_folder_holds(sound, tmp_path):
+    facts = Shell(tmp_path).json("check", str(sound))
+    assert (facts["kind"], facts["family"], facts["model"]) == ("sae", "gemma_scope_2", "google/gemma-3-270m")
+    assert (facts["width"], facts["d_in"], facts["d_out"], facts["activation"]) == (6, 4, 4, "jumprelu")
+    assert (facts["target_l0"], facts["measured_l0"], facts["bytes"]) == (10, None, 4 * (4 * 6 * 2 + 6 + 6 + 4))
+    assert facts["sites_in"] == facts["sites_out"] == ["model.layers.1.output"]
+    assert (facts["threshold_min"], facts["threshold_max"], facts["outcome"]) == (0, 1.25, "sound")
+    lines = [" ".join(line.split()) for line in Shell(tmp_path)("check", str(sound)).stdout.splitlines()]
+    assert {"kind sae", "sites in model.layers.1.output", "threshold max 1.25", "outcome sound"} <= set(lines)
+    assert f"notes {facts['notes'][0]}" in lines and "7168" in facts["notes"][0]
+
+
+def test_check_of_several_layers_condenses_its_sites(tmp_path, rng):
+    from tests.multi_layer import multi_layer_tensors, write_multi_layer
+
+    xs = [torch.from_numpy(rng.standard_normal((50, 8))).float() for _ in range(3)]
+    folder = write_multi_layer(tmp_path / "clt", "clt", [0, 1, 2], multi_layer_tensors(xs, width=5, l0=3))
+    lines = [" ".join(line.split()) for line in Shell(tmp_path)("check", str(folder)).stdout.splitlines()]
+    hook = "model.layers.{}.pre_feedforward_layernorm.output"
+    assert {f"sites in 3 sites, {hook.format(0)} to {hook.format(2)}", "width 15", "features per layer 5", "layers 3"} <= set(
+        lines
+    )
+    assert len(Shell(tmp_path).json("check", str(folder))["sites_out"]) == 3
+
+
+def test_check_of_a_damaged_or_missing_folder_is_one_line(sound, tmp_path):
+    weights = sound / "params.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    assert f"{weights} is truncated" in Shell(tmp_path).error("check", str(folder))
+    assert f"{weights} is truncated" in Shell(tmp_path).error("check", str(sound))
     assert "is not a folder" in Shell(tmp_path).error("check", str(tmp_path / "none"))
+
+
+def test_plan_says_what_a_pass_would_need(sound, tmp_path):
+    release = sound.parents[1]
+    arguments = ("plan", str(release), "--tokens", "1000", "--context-length", "16", "--memory-gb")
+    made = Shell(tmp_path).json(*arguments, "1")
+    name = f"{release.name}/resid_post/{sound.name}"
+    assert made["chunks"] == [[name]] and made["refused"] == {} and made["available"] == 10**9
+    footprint = made["footprints"][name]
+    assert footprint["resident"] == 4 * (4 * 6 * 2 + 6 + 6) and footprint["disk"] == 1000 * 10 * 4
+    assert footprint["sites"] == {"model.layers.1.output": 4}
+    output = Shell(tmp_path)(*arguments, "1").stdout
+    assert "1 SAEs in 1 pass" in output and name in output and "batches of 256 tokens" in output
+    assert "needs" in Shell(tmp_path)(*arguments, "0.000001").stdout
+
+
+def test_plan_of_an_saes_own_folder_names_it_like_its_release_does(sound, tmp_path):
+    name = f"{sound.parents[1].name}/resid_post/{sound.name}"
+    assert list(Shell(tmp_path).json("plan", str(sound))["footprints"]) == [name]
+
+
+def test_plan_reads_no_weights(sound, tmp_path):
+    """A hole of 4 GiB stands for the weights: reading them would take as much memory."""
+    weights = sound / "params.safetensors"
+    wide = {"w_enc": [4, 1 << 27], "b_enc": [1 << 27], "threshold": [1 << 27], "w_dec": [1 << 27, 4], "b_dec": [4]}
+    header, end = {}, 0
+    for name, shape in wide.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with weights.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+    (sound / "config.json").unlink()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = Shell(tmp_path).json("plan", str(sound), "--memory-gb", "1")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # kilobytes
+    assert list(made["refused"].values())[0].startswith("needs")
+    assert list(made["footprints"].values())[0]["stored"] == end
+
+
+@pytest.mark.parametrize(("folder", "message"), [("nowhere", "is not a folder"), ("empty", "holds no known weight file")])
+def test_a_plan_of_nothing_is_one_line(tmp_path, folder, message):
+    (tmp_path / "empty").mkdir()
+    assert message in Shell(tmp_path).error("plan", str(tmp_path / folder))
+
+
+@pytest.fixture
+def seen(tmp_path) -> Shell:
+    """A store whose catalog holds three SAEs."""
+    rows = [
+        CatalogRow("gemma-scope-2-1b-pt", "resid_post/a", "ready", kind="sae", site="resid_post", layers=(12,), width=16384),
+        CatalogRow("gemma-scope-2-1b-pt", "clt/b", "too_large", kind="clt", site="clt", layers=tuple(range(26)), width=262144),
+        CatalogRow("gpt2-saes", "c", "registered", kind="sae", site="mlp", sae="gpt2-saes.c.12345678"),
+    ]
+    models = ("google/gemma-3-1b-pt", "google/gemma-3-1b-pt", "openai-community/gpt2")
+    record(tmp_path, [replace(row, model=m, bytes=2048, reason="too big") for row, m in zip(rows, models, strict=True)])
+    return Shell(tmp_path)
+
+
+def test_catalog_lists_what_was_seen_and_can_be_narrowed(seen):
+    assert [row["path"] for row in seen.json("catalog")] == ["clt/b", "resid_post/a", "c"]
+    asked = ("catalog", "--model", "gemma-3-1b", "--site", "resid_post", "--width", "16k")
+    assert [row["path"] for row in seen.json(*asked)] == ["resid_post/a"]
+    for option, value in (("--kind", "clt"), ("--state", "too_large"), ("--width", "262144")):
+        assert [row["path"] for row in seen.json("catalog", option, value)] == ["clt/b"]
+    assert [row["path"] for row in seen.json("catalog", "--release", "gpt2*")] == ["c"]
+    lines = [" ".join(line.split()) for line in seen("catalog").stdout.splitlines()]
+    assert "gemma-scope-2-1b-pt clt/b google/gemma-3-1b-pt clt clt 0 to 25 262,144 - 2.0 kB too_large" in lines
+    assert "too_large gemma-scope-2-1b-pt/clt/b: too big" in lines
+    assert "no SAE in the catalog matches" in seen("catalog", "--kind", "crosscoder").stdout
+    assert "is no width" in seen.error("catalog", "--width", "wide")
 
 
 def test_the_entry_point_is_quick_and_reads_the_environment(built):

@@ -1,23 +1,25 @@
 """The activation cache: one pass of the subject model over the corpus serves every SAE of the run.
 
 What belongs here: the shared pass and its resumption. What does not: the shard format (`shards.py`), the hooks
-(`subject/capture.py`), what the figures mean (`fidelity.py`).
+(`subject/capture.py`), what fits into memory together (`planning.py`), what the figures mean (`fidelity.py`).
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scopeatlas.activations.memory import Footprint, PassPlan, footprint_of, free_memory, plan_pass
 from scopeatlas.activations.shards import round_values, write_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.contexts import Contexts
 from scopeatlas.corpus.documents import SPLITS
-from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
-from scopeatlas.dictionaries.sparse import SparseDictionary, check_fits
-from scopeatlas.errors import ScopeAtlasError
+from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary, reopen_dictionary
+from scopeatlas.dictionaries.sparse import SparseDictionary
+from scopeatlas.dictionaries.validation import check_fits
+from scopeatlas.errors import DictionaryError, ScopeAtlasError
 from scopeatlas.runner.local import LocalRunner, Log, Progress, silent
 from scopeatlas.storage.files import atomic_path, content_hash
 from scopeatlas.storage.records import ShardKey, StageFolder
@@ -28,18 +30,24 @@ from scopeatlas.subject.loading import SubjectModel
 if TYPE_CHECKING:
     import torch
 
-STAGE_VERSION = 1
+    from scopeatlas.subject.sites import Site
+
+STAGE_VERSION = 2
 BATCH_CONTEXTS = 16
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """What one run of the cache did. failed: sae key -> why it was left out. reused: nothing had to be done."""
+    """What one run of the cache did. failed: sae key -> why it was left out. reused: nothing had to be done.
+
+    forward_passes: batches that the subject model was run on, however many SAEs shared each.
+    """
 
     shards_done: int
     shards_reused: int
     tokens: int
     seconds: float
+    forward_passes: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -60,116 +68,243 @@ def cache_activations(
     subject: SubjectModel,
     *,
     unneeded: Collection[str] = (),
+    memory_bytes: int | None = None,
     runner: LocalRunner | None = None,
     log: Log = silent,
 ) -> CacheResult:
     """Encode every pending (SAE, shard) and commit each; finished ones are not touched.
 
     unneeded: SAE keys of which nothing downstream wants activations any more; their pruned shards stay pruned.
+    memory_bytes: what may be used on the subject model's device; None takes what is free.
 
-    An SAE that cannot be loaded or does not fit is left out, named in `failed` and recorded in the store; the others
-    go on. Cost: one forward pass to the last site per shard that any SAE still needs.
+    An SAE that cannot be loaded, does not fit its site or does not fit into memory is left out, named in `failed` and
+    recorded in the store; the others go on. Cost: one forward pass to the last site per shard that any SAE still
+    needs, times the number of chunks that memory makes necessary (one, as a rule; the plan is logged beforehand).
     """
     store.require_writable()
-    stages = {e.key: store.stage(e.key, corpus.id, "activations") for e in entries}
-    pending: dict[ShardKey, dict[str, ShardKey]] = {}
+    pending, reused = _pending(store, corpus, entries, subject, unneeded)
+    needed = {key for wanted in pending.values() for key in wanted}
+    opened, failed = _check_all(store, [e for e in entries if e.key in needed], subject)
+    plan = _plan(store, corpus, pending, opened, subject, memory_bytes)
+    for sae, reason in plan.refused.items():
+        failed[sae] = reason
+        store.record_error(sae, "activation_cache", reason)
+    passes = [_Pass(store, corpus, [opened[sae][0] for sae in chunk], subject, pending, failed) for chunk in plan.chunks]
+    total = sum(p.tokens for p in passes)
+    if reused and total:
+        log(f"activation cache: {reused} shards are there already, {sum(p.shards for p in passes)} to do")
+    for line in plan.lines() if total else ():
+        log(f"activation cache: {line}")
+    progress = Progress("activation cache", total, "tokens", log)
+    done = sum(p.run(runner or LocalRunner(), progress) for p in passes)
+    forward_passes = sum(p.forward_passes for p in passes)
+    if total:
+        progress.finish()
+        log(f"activation cache: {forward_passes:,} forward passes served {sum(len(c) for c in plan.chunks)} SAEs")
+    return CacheResult(done, reused, total, progress.seconds if total else 0.0, forward_passes, failed)
+
+
+Pending = dict[ShardKey, dict[str, ShardKey]]
+
+
+def _pending(
+    store: Store, corpus: Corpus, entries: Sequence[SaeEntry], subject: SubjectModel, unneeded: Collection[str]
+) -> tuple[Pending, int]:
+    """Corpus shard -> SAE -> its activation shard, of those still to be made; and how many are made."""
+    pending: Pending = {}
     reused = 0
     for entry in entries:
+        stage = store.stage(entry.key, corpus.id, "activations")
         for shard, key in zip(corpus.shards, activation_keys(corpus, entry, subject), strict=True):
-            if stages[entry.key].is_done(key, or_pruned=entry.key in unneeded):
+            if stage.is_done(key, or_pruned=entry.key in unneeded):
                 reused += 1
             else:
                 pending.setdefault(shard, {})[entry.key] = key
-    needed = {key for wanted in pending.values() for key in wanted}
-    dictionaries, failed = _open_all(store, [e for e in entries if e.key in needed], subject)
-    jobs = [
-        (shard, {sae: key for sae, key in pending[shard].items() if sae in dictionaries})
-        for shard in corpus.shards
-        if pending.get(shard, {}).keys() & dictionaries.keys()
-    ]
-    if reused and jobs:
-        log(f"activation cache: {reused} shards are there already, {sum(len(wanted) for _, wanted in jobs)} to do")
-    loaded = {shard: corpus.contexts(shard) for shard, _ in jobs}
-    total = sum(int(contexts.lengths().sum()) for contexts in loaded.values())
-    progress = Progress("activation cache", total, "tokens", log)
-
-    def encode(job: tuple[ShardKey, dict[str, ShardKey]]) -> int:
-        shard, wanted = job
-        sound = {sae: dictionaries[sae] for sae in wanted if sae not in failed}
-        if not sound:
-            return 0
-        stopped = _encode_shard(loaded[shard], sound, wanted, stages, subject, progress)
-        for sae, reason in stopped.items():
-            failed[sae] = reason
-            store.record_error(sae, "activation_cache", reason)
-        return len(sound) - len(stopped)
-
-    done = sum((runner or LocalRunner()).map(encode, jobs))
-    if jobs:
-        progress.finish()
-    return CacheResult(done, reused, total, progress.seconds if jobs else 0.0, failed)
+    return pending, reused
 
 
-def _open_all(
-    store: Store, entries: Sequence[SaeEntry], subject: SubjectModel
-) -> tuple[dict[str, SparseDictionary], dict[str, str]]:
-    """Load every dictionary that the pass needs; those that cannot serve are named with the reason."""
-    opened: dict[str, SparseDictionary] = {}
+Opened = dict[str, tuple[SaeEntry, Footprint]]
+
+
+def _check_all(store: Store, entries: Sequence[SaeEntry], subject: SubjectModel) -> tuple[Opened, dict[str, str]]:
+    """Open every dictionary that the pass needs, one after the other; those that cannot serve are named with the reason."""
+    opened: Opened = {}
     failed: dict[str, str] = {}
     for entry in entries:
         try:
             dictionary = open_dictionary(entry)
-            _try_site(dictionary, entry, subject)
-            opened[entry.key] = dictionary.to(subject.resolved_device)
+            _try_sites(dictionary, entry, subject)
+            opened[entry.key] = entry, footprint_of(dictionary)
         except ScopeAtlasError as error:
             failed[entry.key] = str(error)
         store.record_error(entry.key, "activation_cache", failed.get(entry.key))
     return opened, failed
 
 
-def _try_site(dictionary: SparseDictionary, entry: SaeEntry, subject: SubjectModel) -> None:
+def _try_sites(dictionary: SparseDictionary, entry: SaeEntry, subject: SubjectModel) -> None:
     """Run one short context, so that a site or size that does not fit is an error before any real work."""
     import torch
 
+    if not subject.matches(dictionary.model_name):
+        raise DictionaryError(
+            f"{entry.folder}: was trained on {dictionary.model_name}, and the subject model is {subject.name}; run it in a "
+            "scenario of its own model, or add the name to subject.serves"
+        )
     probe = torch.tensor([[subject.tokenizer.bos_token_id or 0, 1]], device=subject.resolved_device)
-    sites = {dictionary.site_in, dictionary.site_out}
-    seen = capture(subject.model, probe, sites)
-    check_fits(dictionary, seen[dictionary.site_in].shape[-1], entry.folder, subject.name)
+    sizes = {site: acts.shape[-1] for site, acts in capture(subject.model, probe, dictionary.sites).items()}
+    check_fits(dictionary, sizes, entry.folder, subject.name)
+
+
+def _plan(
+    store: Store, corpus: Corpus, pending: Pending, opened: Opened, subject: SubjectModel, memory_bytes: int | None
+) -> PassPlan:
+    length = corpus.facts["context_length"]
+    tokens = {sae: 0 for sae in opened}
+    for shard, wanted in pending.items():
+        contexts = len(corpus.contexts(shard)) if wanted.keys() & opened.keys() else 0
+        for sae in wanted.keys() & opened.keys():
+            tokens[sae] += contexts * length
+    return plan_pass(
+        {sae: footprint for sae, (_, footprint) in opened.items()},
+        tokens=tokens,
+        batch_tokens=BATCH_CONTEXTS * length,
+        device=str(subject.resolved_device),
+        available=free_memory(subject.resolved_device) if memory_bytes is None else memory_bytes,
+        store=store.root,
+    )
+
+
+class _Pass:
+    """One pass of the subject model over the shards that a chunk of SAEs still needs."""
+
+    def __init__(
+        self,
+        store: Store,
+        corpus: Corpus,
+        entries: Sequence[SaeEntry],
+        subject: SubjectModel,
+        pending: Pending,
+        failed: dict[str, str],
+    ):
+        self.store, self.subject, self.failed = store, subject, failed
+        self.entries = {entry.key: entry for entry in entries}
+        self.stages = {sae: store.stage(sae, corpus.id, "activations") for sae in self.entries}
+        self.jobs = [
+            (corpus.contexts(shard), wanted)
+            for shard in corpus.shards
+            if (wanted := {sae: key for sae, key in pending.get(shard, {}).items() if sae in self.entries})
+        ]
+        self.forward_passes = 0
+
+    @property
+    def shards(self) -> int:
+        return sum(len(wanted) for _, wanted in self.jobs)
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(contexts.lengths().sum()) for contexts, _ in self.jobs)
+
+    def run(self, runner: LocalRunner, progress: Progress) -> int:
+        """Encode every job; returns how many shards were committed."""
+        device = self.subject.resolved_device
+        dictionaries = {sae: reopen_dictionary(entry).to(device) for sae, entry in self.entries.items()}
+
+        def encode(job: tuple[Contexts, dict[str, ShardKey]]) -> int:
+            contexts, wanted = job
+            sound = {sae: dictionaries[sae] for sae in wanted if sae not in self.failed}
+            return self._encode_shard(contexts, sound, wanted, progress) if sound else 0
+
+        return sum(runner.map(encode, self.jobs))
+
+    def _encode_shard(
+        self,
+        contexts: Contexts,
+        dictionaries: Mapping[str, SparseDictionary],
+        keys: Mapping[str, ShardKey],
+        progress: Progress,
+    ) -> int:
+        """Encode one shard with every dictionary and commit it; returns for how many that went well."""
+        import torch
+
+        started = time.monotonic()
+        accumulators = {sae: _ShardAccumulator(dictionary, contexts) for sae, dictionary in dictionaries.items()}
+        sites = {site for dictionary in dictionaries.values() for site in dictionary.sites}
+        for rows in batches(contexts.tokens, BATCH_CONTEXTS):
+            flat, positions = self._activations(contexts, rows, sites)
+            for sae, accumulator in list(accumulators.items()):
+                try:
+                    accumulator.add(flat, positions)
+                except ScopeAtlasError as error:  # a value that does not fit: this SAE's fault alone
+                    self.failed[sae] = str(error)
+                    self.store.record_error(sae, "activation_cache", str(error))
+                    del accumulators[sae]
+            progress.advance(int((contexts.tokens[rows] >= 0).sum()))
+        facts: dict[str, object] = {
+            "dtype": str(self.subject.resolved_dtype),
+            "threads": torch.get_num_threads(),
+            "device": self.subject.resolved_device.type,
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        for sae, accumulator in accumulators.items():
+            accumulator.write(self.stages[sae], keys[sae], facts)
+        return len(accumulators)
+
+    def _activations(
+        self, contexts: Contexts, rows: slice, sites: "Collection[Site]"
+    ) -> "tuple[dict[Site, torch.Tensor], np.ndarray]":
+        """The activations [tokens, d] of a batch at each site, unmasked tokens only, and their places in the shard."""
+        import torch
+
+        device = self.subject.resolved_device
+        seen = capture(self.subject.model, torch.from_numpy(contexts.tokens[rows]).long().to(device), sites)
+        self.forward_passes += 1
+        is_text = text_mask(contexts, self.subject)[rows]
+        mask = torch.from_numpy(is_text).to(device)
+        positions = np.flatnonzero(is_text) + rows.start * contexts.tokens.shape[1]
+        return {site: acts_bsd[mask] for site, acts_bsd in seen.items()}, positions
 
 
 class _ShardAccumulator:
-    """One SAE's non-zeros and, per split, moments over one shard."""
+    """One SAE's non-zeros and, per split and output site, moments over one shard."""
 
     def __init__(self, dictionary: SparseDictionary, contexts: Contexts):
         self.dictionary, self.contexts = dictionary, contexts
         self.scale = dictionary.value_scale
         self.columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        n = len(SPLITS)
+        n, outputs = len(SPLITS), len(dictionary.sites_out)
         self.moments = {
             "tokens": np.zeros(n, dtype=np.int64),
             "nonzeros": np.zeros(n, dtype=np.int64),
-            "sum_y": np.zeros((n, dictionary.d_out)),
-            "sum_y2": np.zeros(n),
-            "sum_error2": np.zeros(n),
+            "sum_y": np.zeros((n, outputs, dictionary.d_out)),
+            "sum_y2": np.zeros((n, outputs)),
+            "sum_error2": np.zeros((n, outputs)),
         }
 
-    def add(self, x_td: "torch.Tensor", y_td: "torch.Tensor", positions: np.ndarray) -> None:
-        """x_td, y_td: unmasked activations at the input and output site; positions: their places in the shard."""
-        acts = self.dictionary.encode(x_td)
-        target = y_td.float()
-        error2 = (target - self.dictionary.decode(acts, x_td)).double().square().sum(1).cpu().numpy()
+    def add(self, flat: "Mapping[Site, torch.Tensor]", positions: np.ndarray) -> None:
+        """flat: unmasked activations [tokens, d] at every site; positions: their places in the shard."""
+        x = [flat[site] for site in self.dictionary.sites_in]
+        acts = self.dictionary.encode(x)
+        y_tod = self.dictionary.decode(acts, x).view(len(positions), len(self.dictionary.sites_out), -1)
         token = acts.token.cpu().numpy()
         split = self.contexts.splits[positions // self.contexts.tokens.shape[1]]
-        targets = target.double().cpu().numpy()
-        for index in np.unique(split):
-            mine = split == index
+        present = [(index, split == index) for index in np.unique(split)]
+        for index, mine in present:
             self.moments["tokens"][index] += mine.sum()
             self.moments["nonzeros"][index] += mine[token].sum()
-            self.moments["sum_y"][index] += targets[mine].sum(axis=0)
-            self.moments["sum_y2"][index] += np.square(targets[mine]).sum()
-            self.moments["sum_error2"][index] += error2[mine].sum()
-        rounded = round_values(acts.value.cpu().numpy(), self.scale)
-        self.columns.append((acts.feature.cpu().numpy().astype(np.uint32), positions[token].astype(np.uint32), rounded))
+        for output, site in enumerate(self.dictionary.sites_out):
+            target = flat[site].float()
+            error2 = (target - y_tod[:, output]).double().square().sum(1).cpu().numpy()
+            targets = target.double().cpu().numpy()
+            for index, mine in present:
+                self.moments["sum_y"][index, output] += targets[mine].sum(axis=0)
+                self.moments["sum_y2"][index, output] += np.square(targets[mine]).sum()
+                self.moments["sum_error2"][index, output] += error2[mine].sum()
+        # Evidence is of features that fire; what a signed dictionary makes negative counts in the moments alone.
+        fires = acts.value.cpu().numpy() > 0
+        rounded = round_values(acts.value.cpu().numpy()[fires], self.scale)
+        self.columns.append(
+            (acts.feature.cpu().numpy()[fires].astype(np.uint32), positions[token[fires]].astype(np.uint32), rounded)
+        )
 
     def write(self, stage: StageFolder, key: ShardKey, facts: dict[str, object]) -> None:
         feature, token, rounded = (np.concatenate(column) for column in zip(*self.columns, strict=True))
@@ -180,48 +315,6 @@ class _ShardAccumulator:
         stage.commit(key, [data, moments], {"tokens": int(self.moments["tokens"].sum()), "nonzeros": len(feature), **facts})
 
 
-def _encode_shard(
-    contexts: Contexts,
-    dictionaries: dict[str, SparseDictionary],
-    keys: dict[str, ShardKey],
-    stages: dict[str, StageFolder],
-    subject: SubjectModel,
-    progress: Progress,
-) -> dict[str, str]:
-    """Encode one shard with every dictionary and commit it; returns those that had to be stopped, and why."""
-    import torch
-
-    started = time.monotonic()
-    stopped: dict[str, str] = {}
-    accumulators = {sae: _ShardAccumulator(dictionary, contexts) for sae, dictionary in dictionaries.items()}
-    sites = {site for d in dictionaries.values() for site in (d.site_in, d.site_out)}
-    length = contexts.tokens.shape[1]
-    for rows in batches(contexts.tokens, BATCH_CONTEXTS):
-        tokens = torch.from_numpy(contexts.tokens[rows]).long().to(subject.resolved_device)
-        seen = capture(subject.model, tokens, sites)
-        is_text = text_mask(contexts.tokens[rows], subject)
-        positions = np.flatnonzero(is_text) + rows.start * length
-        mask = torch.from_numpy(is_text).to(subject.resolved_device)
-        flat = {site: acts_bsd[mask] for site, acts_bsd in seen.items()}
-        for sae, accumulator in list(accumulators.items()):
-            dictionary = dictionaries[sae]
-            try:
-                accumulator.add(flat[dictionary.site_in], flat[dictionary.site_out], positions)
-            except ScopeAtlasError as error:  # a value that does not fit: this SAE's fault alone
-                stopped[sae] = str(error)
-                del accumulators[sae]
-        progress.advance(int((contexts.tokens[rows] >= 0).sum()))
-    facts = {
-        "dtype": str(subject.resolved_dtype),
-        "threads": torch.get_num_threads(),
-        "device": subject.resolved_device.type,
-        "seconds": round(time.monotonic() - started, 2),
-    }
-    for sae, accumulator in accumulators.items():
-        accumulator.write(stages[sae], keys[sae], facts)
-    return stopped
-
-
-def text_mask(tokens: np.ndarray, subject: SubjectModel) -> np.ndarray:
-    """Which positions [n, length] count in statistics: not padding (-1), not BOS or another special token."""
-    return (tokens >= 0) & ~np.isin(tokens, subject.tokenizer.all_special_ids)
+def text_mask(contexts: Contexts, subject: SubjectModel) -> np.ndarray:
+    """Which positions [n, length] count in statistics: not padding, BOS, another special token or a chat template's."""
+    return contexts.counted(subject.tokenizer.all_special_ids)

@@ -1,41 +1,34 @@
-"""Fidelity: how much of the subject model an SAE keeps, from the pass's own moments and from splicing it in.
+"""Fidelity: how much of the subject model an SAE keeps, and the gate that blocks it before anything is spent on labels.
 
-What belongs here: the figures, and the gate that blocks an SAE before anything is spent on labels. What does not: the
-pass itself (`cache.py`).
+What belongs here: the figures and the verdict. What does not: the pass (`cache.py`), the losses (`splicing.py`), how
+else an SAE might be read (`alternatives.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scopeatlas.activations.cache import activation_keys, text_mask
+from scopeatlas.activations.alternatives import PROBE_TOKENS, Fit, bf16_flips, try_alternatives
+from scopeatlas.activations.cache import activation_keys
 from scopeatlas.activations.shards import read_shard
+from scopeatlas.activations.splicing import ABLATION_TOKENS, SPLICE_TOKENS, Splices
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
-from scopeatlas.dictionaries.sparse import SparseDictionary
-from scopeatlas.errors import CorpusError
+from scopeatlas.errors import ScopeAtlasError
 from scopeatlas.runner.local import Log, silent
 from scopeatlas.storage.files import content_hash, read_json, write_json
 from scopeatlas.storage.store import Store
-from scopeatlas.subject.capture import batches, capture, editing, run_model
 from scopeatlas.subject.loading import SubjectModel
-from scopeatlas.subject.sites import Site
 
-if TYPE_CHECKING:
-    import torch
-
-STAGE_VERSION = 2
-SPLICE_TOKENS = 4096
-ABLATION_TOKENS = 1024
-"""The ablations cost a forward pass with logits each and differ from the clean loss by whole nats: fewer tokens do."""
-SPLICE_BATCH = 4
+STAGE_VERSION = 3
 DENSE_DENSITY = 0.1
 MAX_L0_RATIO = 3.0
 MAX_FVU = 1.0
+CLEARLY_BETTER = 0.7
+"""An alternative that leaves less than this share of the error as specified unexplained fits clearly better."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +36,25 @@ class Fidelity:
     """An SAE's figures over a corpus. Losses are mean next-token cross-entropies in nats on `splice_tokens` tokens.
 
     The ablated losses are measured on the first ABLATION_TOKENS of these tokens, as what they add to those tokens' clean
-    loss. fvu: sum |y - y_hat|^2 / sum |y - mean(y)|^2 over unmasked tokens. l0: mean active features a token.
-    report_fvu, report_l0: the same over report documents alone, which matters for an SAE that was trained on others
-    of the corpus. dead: share of features that never fire; dense: share that fire on more than a tenth of the tokens.
+    loss. fvu: sum |y - y_hat|^2 / sum |y - mean(y)|^2 over unmasked tokens, pooled over output sites; fvu_per_output has
+    it for each. l0: mean active features a token. report_fvu, report_l0: the same over report documents alone, which
+    matters for an SAE that was trained on others of the corpus. target_l0, measured_l0: the release's own. dead: share of
+    features that never fire; dense: share that fire on more than a tenth of the tokens. bf16_flips: share of activations
+    that appear or disappear under bfloat16. fits: on PROBE_TOKENS, as specified and under each alternative reading.
     """
 
     tokens: int
     fvu: float
+    fvu_per_output: list[float]
     l0: float
     report_fvu: float
     report_l0: float
     target_l0: float | None
+    measured_l0: float | None
     dead: float
     dense: float
+    bf16_flips: float
+    fits: list[Fit]
     splice_tokens: int
     loss_clean: float
     loss_spliced: float
@@ -76,13 +75,48 @@ class Fidelity:
         """The same against mean-ablation, which destroys less and so is the harder yardstick."""
         return 1 - self.loss_added / (self.loss_mean_ablated - self.loss_clean)
 
+    @property
+    def expected_l0(self) -> float | None:
+        """The release's own figure: what its publisher measured, or else what training aimed at."""
+        return self.measured_l0 or self.target_l0
+
+    def better_fit(self) -> Fit | None:
+        """The alternative that fits clearly better than the specification, if there is one: the likeliest mistake."""
+        if not self.fits:
+            return None
+        specified, *others = self.fits
+        better = [fit for fit in others if fit.fvu < MAX_FVU and not self._is_off(fit.l0)]
+        if np.isfinite(specified.fvu):
+            better = [fit for fit in better if fit.relative_to(specified) < CLEARLY_BETTER]
+        return min(better, key=lambda fit: fit.relative_to(specified), default=None)
+
+    def _is_off(self, l0: float) -> bool:
+        return bool(self.expected_l0) and not 1 / MAX_L0_RATIO <= l0 / self.expected_l0 <= MAX_L0_RATIO  # type: ignore[operator]
+
     def blocks(self) -> str | None:
-        """Why no money may be spent on this SAE's labels, or None."""
+        """Why no money may be spent on this SAE's labels, with the likeliest cause, or None."""
+        better = self.better_fit()
         if not self.fvu < MAX_FVU:  # NaN too
-            return f"FVU {self.fvu:.2f} is no better than the mean: wrong site, normalisation or subject model?"
-        if self.target_l0 and not 1 / MAX_L0_RATIO <= self.l0 / self.target_l0 <= MAX_L0_RATIO:
-            return f"L0 {self.l0:.1f} is off the release's own {self.target_l0:g} by more than {MAX_L0_RATIO:g}x: wrong site or subject model?"
-        return None
+            reason = f"FVU {self.fvu:.2f} is no better than the mean"
+        elif self._is_off(self.l0):
+            figure = "measured" if self.measured_l0 else "target"
+            reason = f"L0 {self.l0:.1f} is off the release's own {figure} of {self.expected_l0:g} by more than {MAX_L0_RATIO:g}x"
+        elif better is not None:
+            reason = f"FVU {self.fits[0].fvu:.2f} and L0 {self.fits[0].l0:.1f} on {PROBE_TOKENS:,} tokens as specified"
+        else:
+            return None
+        if better is None:
+            return f"{reason}; no alternative tried fits better: another subject model, or a damaged file?"
+        return f"{reason}; likeliest cause: it fits with {better.name} (FVU {better.fvu:.2f}, L0 {better.l0:.1f})"
+
+
+@dataclass(frozen=True)
+class FidelityResult:
+    """What measuring gave: figures by SAE key; why others could not be measured; and the passes that it cost."""
+
+    found: dict[str, Fidelity]
+    failed: dict[str, str]
+    forward_passes: int
 
 
 def measure_fidelity(
@@ -92,27 +126,46 @@ def measure_fidelity(
     subject: SubjectModel,
     *,
     log: Log = silent,
-) -> dict[str, Fidelity]:
-    """Each SAE's fidelity over a finished activation cache; written to `fidelity.json`, and reused from there."""
+) -> FidelityResult:
+    """Each SAE's fidelity over a finished activation cache; written to `fidelity.json`, and reused from there.
+
+    An SAE that cannot be measured is named in `failed`; the others go on.
+    """
     found: dict[str, Fidelity] = {}
-    splices: _Splices | None = None
+    failed: dict[str, str] = {}
+    splices = Splices(corpus, subject, log)
     for entry in entries:
-        keys = activation_keys(corpus, entry, subject)
-        identity = content_hash(STAGE_VERSION, SPLICE_TOKENS, ABLATION_TOKENS, [key.identity for key in keys])
-        path = fidelity_path(store, corpus.id, entry.key)
-        if path.exists() and (body := read_json(path))["identity"] == identity:
-            found[entry.key] = Fidelity(**body["fidelity"])
-            continue
-        splices = splices or _Splices(corpus, subject, log)
-        dictionary = open_dictionary(entry).to(subject.resolved_device)
-        fidelity = Fidelity(
-            **_moments(store, corpus, entry, subject),  # pyright: ignore[reportArgumentType]
-            target_l0=dictionary.target_l0,
-            **splices.losses(dictionary),
-        )
-        write_json(path, {"identity": identity, "fidelity": asdict(fidelity)})
-        found[entry.key] = fidelity
-    return found
+        try:
+            found[entry.key] = _fidelity(store, corpus, entry, subject, splices)
+        except ScopeAtlasError as error:
+            failed[entry.key] = str(error)
+    if splices.forward_passes:
+        log(f"fidelity: {splices.forward_passes:,} forward passes of its own, clean, spliced and ablated")
+    return FidelityResult(found, failed, splices.forward_passes)
+
+
+def _fidelity(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, splices: Splices) -> Fidelity:
+    keys = activation_keys(corpus, entry, subject)
+    chosen = (SPLICE_TOKENS, ABLATION_TOKENS, PROBE_TOKENS)
+    identity = content_hash(STAGE_VERSION, chosen, [key.identity for key in keys])
+    path = fidelity_path(store, corpus.id, entry.key)
+    if path.exists() and (body := read_json(path))["identity"] == identity:
+        return _from_json(body["fidelity"])
+    dictionary = open_dictionary(entry).to(subject.resolved_device)
+    fidelity = Fidelity(
+        **_moments(store, corpus, entry, subject, dictionary.width),  # pyright: ignore[reportArgumentType]
+        target_l0=dictionary.target_l0,
+        measured_l0=dictionary.measured_l0,
+        bf16_flips=bf16_flips(dictionary, splices.contexts, subject),
+        fits=try_alternatives(dictionary, splices.contexts, subject),
+        **splices.losses(dictionary),  # pyright: ignore[reportArgumentType]
+    )
+    write_json(path, {"identity": identity, "fidelity": asdict(fidelity)})
+    return fidelity
+
+
+def _from_json(body: dict) -> Fidelity:
+    return Fidelity(**{**body, "fits": [Fit(**fit) for fit in body["fits"]]})
 
 
 def fidelity_path(store: Store, corpus_id: str, sae: str) -> Path:
@@ -122,14 +175,18 @@ def fidelity_path(store: Store, corpus_id: str, sae: str) -> Path:
 def read_fidelity(store: Store, corpus_id: str, sae: str) -> Fidelity | None:
     """The fidelity measured last, if any."""
     path = fidelity_path(store, corpus_id, sae)
-    return Fidelity(**read_json(path)["fidelity"]) if path.exists() else None
+    if not path.exists():
+        return None
+    body = read_json(path)["fidelity"]
+    return _from_json(body) if "fits" in body else None  # an earlier version's is measured again
 
 
-def _moments(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel) -> dict[str, float | int]:
+def _moments(
+    store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, width: int
+) -> dict[str, float | int | list[float]]:
     """FVU, L0, dead and dense shares from the records and moments of the shards."""
     stage = store.stage(entry.key, corpus.id, "activations")
     total: dict[str, np.ndarray] = {}
-    width = open_dictionary(entry).width
     fired = np.zeros(width, dtype=np.int64)
     for key in activation_keys(corpus, entry, subject):
         stage.record(key)
@@ -141,6 +198,10 @@ def _moments(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectMode
     return {
         "tokens": int(whole["tokens"]),
         "fvu": _fvu(whole),
+        "fvu_per_output": [
+            _fvu({name: m if name == "tokens" else m[[output]] for name, m in whole.items() if name != "nonzeros"})
+            for output in range(len(whole["sum_y2"]))
+        ],
         "l0": float(whole["nonzeros"] / whole["tokens"]),
         "report_fvu": _fvu(report),
         "report_l0": float(report["nonzeros"] / max(report["tokens"], 1)),
@@ -150,123 +211,6 @@ def _moments(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectMode
 
 
 def _fvu(moments: dict[str, np.ndarray]) -> float:
-    variance = moments["sum_y2"] - np.square(moments["sum_y"]).sum() / max(moments["tokens"], 1)
-    return float(moments["sum_error2"] / variance) if variance > 0 else float("nan")
-
-
-class _Splices:
-    """Losses on fixed tokens with the site left alone, replaced by the reconstruction, by the mean and by zero.
-
-    The tokens are the report contexts of lowest id, so they are the same in every run and no SAE of ours trained on
-    them. The clean loss is shared by all SAEs, the ablations by all SAEs of a site.
-    """
-
-    def __init__(self, corpus: Corpus, subject: SubjectModel, log: Log):
-        self.subject, self.log = subject, log
-        self.tokens = _fixed_tokens(corpus)
-        self._few = self.tokens[: max(1, ABLATION_TOKENS // self.tokens.shape[1])]
-        self._ablations: dict[Site, tuple[float, float]] = {}
-        self._clean: tuple[float, float] | None = None  # on all tokens, on those of the ablations
-
-    def losses(self, dictionary: SparseDictionary) -> dict[str, float | int]:
-        """The loss figures of one dictionary, as `Fidelity` names them."""
-        site = dictionary.site_out
-        self.log(f"fidelity: splicing the reconstruction in at {site}, {self.tokens.size:,} tokens")
-        if self._clean is None:
-            per_context = self._losses(self.tokens)
-            self._clean = _mean_loss(per_context, self.tokens), _mean_loss(per_context[: len(self._few)], self._few)
-        if site not in self._ablations:
-            mean = self._mean(site)
-            self._ablations[site] = (
-                _mean_loss(self._losses(self._few, site, lambda acts, _: mean.expand_as(acts)), self._few),
-                _mean_loss(self._losses(self._few, site, lambda acts, _: acts * 0), self._few),
-            )
-        clean, clean_few = self._clean
-        mean_ablated, zero_ablated = (clean + loss - clean_few for loss in self._ablations[site])
-
-        def reconstruct(acts: "torch.Tensor", inputs: "torch.Tensor") -> "torch.Tensor":
-            x = inputs.reshape(-1, inputs.shape[-1])
-            return dictionary.decode(dictionary.encode(x), x).reshape(acts.shape)
-
-        spliced = _mean_loss(self._losses(self.tokens, site, reconstruct, dictionary.site_in), self.tokens)
-        return {
-            "splice_tokens": int((self.tokens >= 0).sum()),
-            "loss_clean": clean,
-            "loss_spliced": spliced,
-            "loss_mean_ablated": mean_ablated,
-            "loss_zero_ablated": zero_ablated,
-        }
-
-    def _losses(
-        self,
-        tokens: np.ndarray,
-        site: Site | None = None,
-        replace: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None" = None,
-        site_in: Site | None = None,
-    ) -> np.ndarray:
-        """Summed cross-entropy of each context, float64 [n], with `replace(activation, input activation)` at `site`.
-
-        BOS and padding keep their activations.
-        """
-        import torch
-
-        model, device = self.subject.model, self.subject.resolved_device
-        sums = []
-        for rows in batches(tokens, SPLICE_BATCH):
-            batch = torch.from_numpy(tokens[rows]).long().to(device)
-            mask = torch.from_numpy(text_mask(tokens[rows], self.subject)).to(device)
-            with torch.no_grad():
-                if site is None or replace is None:
-                    logits = run_model(model, batch, logits=True)
-                else:
-                    inputs = capture(model, batch, [site_in])[site_in] if site_in and site_in != site else None
-                    with editing(model, site, _masked(replace, mask, inputs)):
-                        logits = run_model(model, batch, logits=True)
-                targets = batch[:, 1:]
-                # logsumexp and gather instead of cross_entropy: a quarter of a million logits a token are read, never copied.
-                chosen = logits[:, :-1].gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-                loss = torch.where(targets >= 0, logits[:, :-1].logsumexp(2) - chosen, 0.0)
-            sums.append(loss.double().sum(1).cpu().numpy())
-        return np.concatenate(sums)
-
-    def _mean(self, site: Site) -> "torch.Tensor":
-        """The mean activation at a site over the fixed tokens, BOS left out."""
-        import torch
-
-        total, count = 0.0, 0
-        for rows in batches(self.tokens, SPLICE_BATCH):
-            tokens = torch.from_numpy(self.tokens[rows]).long().to(self.subject.resolved_device)
-            mask = torch.from_numpy(text_mask(self.tokens[rows], self.subject)).to(tokens.device)
-            acts = capture(self.subject.model, tokens, [site])[site][mask].double()
-            total, count = total + acts.sum(0), count + len(acts)
-        return (total / count).float()  # type: ignore[union-attr]
-
-
-def _masked(
-    replace: "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", mask: "torch.Tensor", inputs: "torch.Tensor | None"
-) -> "Callable[[torch.Tensor], torch.Tensor]":
-    """An edit that replaces activations where `mask` holds; `inputs` are those of another site, if it reads one."""
-
-    def edit(acts: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
-        return torch.where(mask.unsqueeze(-1), replace(acts, acts if inputs is None else inputs).to(acts.dtype), acts)
-
-    return edit
-
-
-def _mean_loss(sums: np.ndarray, tokens: np.ndarray) -> float:
-    return float(sums.sum() / (tokens[:, 1:] >= 0).sum())
-
-
-def _fixed_tokens(corpus: Corpus) -> np.ndarray:
-    """Tokens [n, length] of the report contexts of lowest id, SPLICE_TOKENS in all (fewer if there are not so many)."""
-    loaded = [corpus.contexts(shard) for shard in corpus.shards]
-    ids = np.concatenate([c.ids for c in loaded])
-    splits = np.concatenate([c.splits for c in loaded])
-    tokens = np.concatenate([c.tokens for c in loaded])
-    report = np.flatnonzero(splits == SPLITS.index("report"))
-    if not len(report):
-        raise CorpusError("no report documents in the corpus: raise corpus.fraction or the report share of corpus.splits")
-    chosen = report[np.argsort(ids[report], kind="stable")][: max(1, SPLICE_TOKENS // tokens.shape[1])]
-    return tokens[np.sort(chosen)]
+    """Pooled over the output sites that `moments` hold."""
+    variance = moments["sum_y2"].sum() - np.square(moments["sum_y"]).sum() / max(moments["tokens"], 1)
+    return float(moments["sum_error2"].sum() / variance) if variance > 0 else float("nan")

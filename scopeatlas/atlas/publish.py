@@ -8,10 +8,8 @@ SAE's rows, indexes, the ledger. Every row carries its generation, so the table 
 run that died between merge and ledger is recognised rather than repeated or mistaken for the one before.
 """
 
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +40,7 @@ from scopeatlas.atlas.tables import (
     stamp_of,
 )
 from scopeatlas.errors import AtlasError, NotReadyError
-from scopeatlas.storage.files import atomic_path, content_hash
+from scopeatlas.storage.files import atomic_path, content_hash, locked
 from scopeatlas.storage.records import IDENTITY_LENGTH, ShardKey, StageFolder
 
 if TYPE_CHECKING:
@@ -82,7 +80,7 @@ def publish(rows: pl.DataFrame, vectors: np.ndarray, *, root: Path, folder: Path
     stamp = embedder.stamp
     identity = content_hash(_PUBLISH_VERSION, stamp.identity, int(vectors.shape[1]), rows.write_ndjson())
     stage, key = StageFolder(Path(folder)), ShardKey(FEATURES, identity)
-    with _locked(root, rows["sae"][0]):
+    with atlas_lock(root, rows["sae"][0]):
         if not stage.is_done(key):
             batch = features_batch(rows, vectors[order], generation=identity[:IDENTITY_LENGTH], stamp=stamp)
             _write_generation(stage, key, batch)
@@ -98,7 +96,7 @@ def republish(generation: str, *, root: Path, folder: Path) -> Publication:
     records = [r for r in stage.records() if generation and r.key.name == FEATURES and r.key.identity.startswith(generation)]
     if len(records) != 1 or not stage.is_done(records[0].key):
         raise NotReadyError(f"{folder} holds no intact generation {generation!r}; publish the SAE again")
-    with _locked(root, records[0].facts["sae"]):
+    with atlas_lock(root, records[0].facts["sae"]):
         return _bring_live(stage.data_path(records[0].key, ".parquet"), root=Path(root))
 
 
@@ -107,7 +105,7 @@ def maintain(root: Path) -> bool:
 
     Returns False, having done nothing, if another process is at it.
     """
-    with _locked(root, "upkeep", wait=False) as held:
+    with atlas_lock(root, "upkeep", wait=False) as held:
         if held:
             for name in (FEATURES, PUBLICATIONS):
                 if has_table(root, name):
@@ -138,6 +136,8 @@ def _bring_live(path: Path, *, root: Path) -> Publication:
     """From a committed generation to a verified, indexed table and a line in the ledger; each step only if needed."""
     batch = pq.read_table(path)
     sae, generation = batch["sae"][0].as_py(), batch[GENERATION][0].as_py()
+    if not same_layout(batch.schema):
+        raise AtlasError(f"generation {generation} of {sae} was made by another version of Scope Atlas; publish the SAE again")
     try:
         features, ledger = _tables(root, batch.schema)
         live = _is_live(features, batch)
@@ -156,7 +156,7 @@ def _bring_live(path: Path, *, root: Path) -> Publication:
 
 def _tables(root: Path, schema: pa.Schema) -> "tuple[Table, Table]":
     """Both tables, created if need be. Raises AtlasError if the atlas was made by another embedder or layout."""
-    with _locked(root, "tables"):
+    with atlas_lock(root, "tables"):
         for name, wanted in ((FEATURES, schema), (PUBLICATIONS, PUBLICATION_ROW)):
             if not has_table(root, name):
                 connect(root).create_table(name, schema=wanted)
@@ -235,7 +235,7 @@ def _build_indexes(root: Path, features: "Table") -> None:
     }
     if features.count_rows() > EXACT_ROWS:
         wanted[VECTOR] = IvfSq(distance_type="cosine")
-    with _locked(root, "upkeep"):
+    with atlas_lock(root, "upkeep"):
         indexed = {column for index in features.list_indices() for column in index.columns}  # by column: names are not stable
         for column in wanted.keys() - indexed:
             features.create_index(column, config=wanted[column])
@@ -248,15 +248,6 @@ def _maintain_if_due(root: Path, features: "Table") -> None:
         maintain(root)
 
 
-@contextmanager
-def _locked(root: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock against every other process on this machine; a killed holder frees it. Yields False if not to be had."""
-    path = database_folder(root) / ".locks" / f"{content_hash(what)[:16]}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+def atlas_lock(root: Path, what: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+    """The lock of one thing in the atlas, against every other process on this machine."""
+    return locked(database_folder(root) / ".locks" / f"{content_hash(what)[:16]}.lock", wait=wait)

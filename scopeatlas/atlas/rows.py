@@ -12,12 +12,13 @@ from pathlib import Path
 
 import polars as pl
 
-from scopeatlas.atlas.tables import FEATURE_ROW
+from scopeatlas.atlas.tables import FEATURE_ROW, feature_name
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.mining.examples import FeatureExamples, read_examples
 from scopeatlas.mining.windows import mark
 from scopeatlas.subject.loading import SubjectModel
+from scopeatlas.subject.sites import Site
 from scopeatlas.subject.vocabulary import token_texts
 
 SNIPPETS = 3
@@ -54,15 +55,15 @@ def feature_rows(
     promoted, suppressed = (_token_lists(table[name], subject) for name in ("promoted", "suppressed"))
     empty = pl.lit([], dtype=pl.List(pl.String))
     is_rule = (pl.col("method") == "rule") & (pl.col("status") == "ok")
+    reads = pl.Series([str(site) for site in dictionary.sites_in], dtype=pl.String)
     rows = table.with_columns(
-        key=pl.concat_str(pl.lit(f"{entry.key}/"), pl.col("feature")),
         release=pl.lit(entry.release),
         sae=pl.lit(entry.key),
         model=pl.lit(dictionary.model_name),
         corpus=pl.lit(corpus_id),
         kind=pl.lit(dictionary.kind),
-        site=pl.lit(str(dictionary.site_in)),
-        layer=pl.lit(dictionary.site_in.layer),
+        site=reads.gather(table["feature"] // dictionary.features_per_layer),
+        site_out=pl.lit(sites_text(dictionary.sites_out)),
         method=pl.when(pl.col("status") == "ok").then(pl.col("method")).otherwise(pl.lit("")),
         trigger_tokens=pl.col("trigger_tokens").fill_null(empty),
         snippets=pl.col("snippets").fill_null(empty),
@@ -72,8 +73,16 @@ def feature_rows(
         # A score belongs to the rule; a feature whose current label is an LLM's has none yet.
         **{name: pl.when(is_rule).then(pl.col(name)) for name in scored.columns if name != "feature"},
     )
-    rows = rows.with_columns(search_text=_search_texts(rows))
+    rows = rows.with_columns(key=pl.format("{}/{}", "sae", feature_name()), search_text=_search_texts(rows))
     return rows.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_ROW.items())
+
+
+def sites_text(sites: Sequence[Site]) -> str:
+    """Sites as one hook string, which `parse_hook_points` reads back: several of one module as model.layers.{5,9}.output."""
+    if len(sites) == 1:
+        return str(sites[0])
+    layers = ",".join(str(site.layer) for site in sites)
+    return str(sites[0]).replace(f".{sites[0].layer}.", f".{{{layers}}}.", 1)
 
 
 def _evidence(path: Path) -> pl.DataFrame:

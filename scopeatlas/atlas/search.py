@@ -4,6 +4,7 @@ What belongs here: the reader's side, `open_atlas` and what it gives back. What 
 (`tables.py`), or rendering hits for people (the command line's business).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
 WEAK_SIMILARITY = 0.5
 """Below this cosine the best hit of a search is chance more often than an answer (MiniLM; `bench/cutoff.py`)."""
 _COLUMNS = list(FEATURE_ROW)
-_OVERVIEW_COLUMNS = ["release", "sae", "model", "layer", "label", "f1"]
-_LISTED_COLUMNS = ["feature", "status", "method", "label", "f1", "density"]
+_OVERVIEW_COLUMNS = ["release", "sae", "model", "kind", "layer", "label", "f1"]
+_LISTED_COLUMNS = ["key", "kind", "site", "site_out", "feature", "status", "method", "label", "f1", "density"]
 _PROBES, _REFINE = 60, 3  # recall .987-1.000 with filters (reference/lancedb.md, 2.3 and 2.4)
 _NAMES_SHOWN = 20
+_FLAT_ID = re.compile(r"\d{1,9}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class FeatureHit:
     corpus: str
     kind: str
     site: str
+    site_out: str
     layer: int
+    index: int
     feature: int
     status: str
     method: str
@@ -62,6 +66,7 @@ class FeatureHit:
     trigger_tokens: tuple[str, ...]
     promoted: tuple[str, ...]
     suppressed: tuple[str, ...]
+    decoder_norms: tuple[float, ...]
     density: float
     max_activation: float
     f1: float | None
@@ -154,22 +159,23 @@ class Atlas:
         hits = [_hit(row, similarity=1.0 - row.pop("_distance")) for row in asked.to_arrow().to_pylist()]
         return SearchResults(query, tuple(sorted(hits, key=lambda hit: (-(hit.similarity or 0.0), hit.sae, hit.feature))))
 
-    def feature(self, sae: str, feature: int) -> FeatureHit:
-        """One feature by SAE (a key, or enough of one to name a single SAE) and index.
+    def feature(self, sae: str, feature: int | str) -> FeatureHit:
+        """One feature by SAE (a key, or enough of one to name a single SAE) and its flat id, or `7.123`: layer 7's 123.
 
         Raises UnknownSaeError if no SAE matches, AtlasError if several do or it has no such feature.
         """
         from lancedb.expr import col, lit
 
-        key = self._one(sae)
-        found = self._features.search().where(col(KEY) == lit(f"{key}/{feature}")).select(_COLUMNS).limit(1).to_arrow()
+        key, text = self._one(sae), str(feature)
+        is_it = (col("feature") == lit(int(text))) if _FLAT_ID.fullmatch(text) else (col(KEY) == lit(f"{key}/{text}"))
+        found = self._features.search().where((col("sae") == lit(key)) & is_it).select(_COLUMNS).limit(1).to_arrow()
         if not found.num_rows:
             raise AtlasError(f"{key} has no feature {feature} in the atlas at {self.root}")
         return _hit(found.to_pylist()[0])
 
     def features(self, sae: str, *, status: str | None = None) -> tuple[str, pl.DataFrame]:
-        """The key `sae` stands for, and its features in order, of one status or all: feature, status, method, label,
-        f1, density.
+        """The key `sae` stands for, and its features in order, of one status or all: key, kind, site, site_out, feature,
+        status, method, label, f1, density.
 
         Raises UnknownSaeError if no SAE matches, AtlasError if several do.
         """
@@ -181,7 +187,8 @@ class Atlas:
         return key, found.sort("feature")
 
     def saes(self) -> pl.DataFrame:
-        """One row per SAE: release, sae, model, layer, features, labelled, mean_f1, published_at (UTC; null if unknown)."""
+        """One row per SAE: release, sae, model, kind, layer (the first that it reads), last_layer, features, labelled,
+        mean_f1, published_at (UTC; null if unknown)."""
         newest = pl.DataFrame(schema={"sae": pl.String, "published_at": pl.Datetime("us", "UTC")})
         if has_table(self.root, PUBLICATIONS):
             newest = newest_publications(open_table(self.root, PUBLICATIONS)).select("sae", "published_at")
@@ -275,12 +282,14 @@ def _summarise(rows: pa.Table) -> pl.DataFrame:
     return (
         frame.group_by("sae")
         .agg(
-            pl.col("release", "model", "layer").first(),
+            pl.col("release", "model", "kind").first(),
+            pl.col("layer").min(),
+            pl.col("layer").max().alias("last_layer"),
             pl.len().cast(pl.Int64).alias("features"),
             (pl.col("label") != "").sum().cast(pl.Int64).alias("labelled"),
             pl.col("f1").mean().alias("mean_f1"),
         )
-        .select("release", "sae", "model", "layer", "features", "labelled", "mean_f1")
+        .select("release", "sae", "model", "kind", "layer", "last_layer", "features", "labelled", "mean_f1")
         .sort("release", "layer", "sae")
     )
 

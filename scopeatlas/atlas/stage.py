@@ -22,7 +22,7 @@ from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 
 
 def publication_key(

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from scopeatlas.atlas.embedding import EmbedderStamp, first_line
+from scopeatlas.dictionaries.sparse import MULTI_LAYER
 from scopeatlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ KEY, VECTOR, GENERATION = "key", "vector", "generation"
 
 FEATURE_ROW = pl.Schema(
     {
-        "key": pl.String,  # "{sae}/{feature}", the one primary key
+        "key": pl.String,  # "{sae}/{name}", the one primary key; the name is `feature_name`'s
         "release": pl.String,
         "sae": pl.String,
         "model": pl.String,
         "corpus": pl.String,
         "kind": pl.String,
-        "site": pl.String,
-        "layer": pl.Int16,
-        "feature": pl.Int32,
+        "site": pl.String,  # what the feature reads: of a multi-layer kind its own layer's
+        "site_out": pl.String,  # what it writes; several as model.layers.{5,9}.output
+        "layer": pl.Int16,  # model layer of `site`
+        "index": pl.Int32,  # within the encoder of that layer
+        "feature": pl.Int32,  # the flat id, over all layers
         "status": pl.String,
         "method": pl.String,  # "" where no label was given
         "label": pl.String,  # "" where it was refused
@@ -44,6 +47,7 @@ FEATURE_ROW = pl.Schema(
         "trigger_tokens": pl.List(pl.String),
         "promoted": pl.List(pl.String),
         "suppressed": pl.List(pl.String),
+        "decoder_norms": pl.List(pl.Float32),  # of what it writes at each output site
         "density": pl.Float32,  # share of tokens
         "max_activation": pl.Float32,
         "f1": pl.Float32,
@@ -78,16 +82,24 @@ _ARROW: dict[pl.DataType, pa.DataType] = {
     pl.Int32(): pa.int32(),
     pl.Float32(): pa.float32(),
     pl.List(pl.String): pa.list_(pa.string()),
+    pl.List(pl.Float32): pa.list_(pa.float32()),
 }
 _STAMP = b"scopeatlas.embedder"
 # Lance reads the primary key off the field, so the table is never without one, not even between two commits.
-_PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
+PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
+
+
+def feature_name() -> pl.Expr:
+    """A feature's name inside its SAE, of the columns kind, layer, index, feature: `123`, or of a multi-layer kind
+    `7.123`, its encoder's model layer and its index there."""
+    by_layer = pl.format("{}.{}", "layer", "index")
+    return pl.when(pl.col("kind").is_in(MULTI_LAYER)).then(by_layer).otherwise(pl.col("feature").cast(pl.String))
 
 
 def features_schema(dim: int, stamp: EmbedderStamp) -> pa.Schema:
     """FEATURE_ROW as Arrow, plus `generation` (which publication the row came from) and `vector` float16 [dim]."""
     fields = [pa.field(name, _ARROW[dtype]) for name, dtype in FEATURE_ROW.items()]
-    fields[0] = pa.field(KEY, pa.string(), nullable=False, metadata=_PRIMARY_KEY)
+    fields[0] = pa.field(KEY, pa.string(), nullable=False, metadata=PRIMARY_KEY)
     fields += [pa.field(GENERATION, pa.string()), pa.field(VECTOR, pa.list_(pa.float16(), dim))]
     return pa.schema(fields, metadata={_STAMP: json.dumps(asdict(stamp), sort_keys=True)})
 
@@ -114,9 +126,10 @@ def checked_rows(rows: pl.DataFrame) -> pl.DataFrame:
     empty = [name for name in FEATURE_ROW if name not in NULLABLE and rows[name].null_count()]
     if empty:
         raise AtlasError(f"feature rows of {rows['sae'][0]} have no {empty[0]} for {rows[empty[0]].null_count()} features")
-    wrong = rows.filter(pl.col("key") != pl.format("{}/{}", "sae", "feature"))
+    expected = rows.select("key", expected=pl.format("{}/{}", "sae", feature_name()))
+    wrong = expected.filter(pl.col("key") != pl.col("expected"))
     if not wrong.is_empty():
-        raise AtlasError(f"feature key {wrong['key'][0]!r} should be {wrong['sae'][0]}/{wrong['feature'][0]}")
+        raise AtlasError(f"feature key {wrong['key'][0]!r} should be {wrong['expected'][0]}")
     repeated = rows.filter(pl.col("key").is_duplicated())
     if not repeated.is_empty():
         raise AtlasError(f"feature {repeated['key'][0]} comes twice in the rows to publish")

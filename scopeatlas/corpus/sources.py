@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from scopeatlas.corpus.documents import Document, make_document
+from scopeatlas.corpus.documents import Document, make_conversation, make_document
 from scopeatlas.errors import CorpusError
 
 SourceKind = Literal["wikipedia-sample", "files", "huggingface"]
@@ -24,7 +24,8 @@ class Source:
     """A named source of documents.
 
     kind: `wikipedia-sample`, `files` (globs of parquet, jsonl or txt) or `huggingface` (a dataset, streamed).
-    paths: globs, for `files`. dataset, subset, split, revision: for `huggingface`. text_field: the text's column.
+    paths: globs, for `files`. dataset, subset, split, revision: for `huggingface`. text_field: the text's column, or
+    that of conversations: a list of {role, content} in each row.
     """
 
     kind: SourceKind
@@ -93,8 +94,21 @@ def _tidy_wikitext(text: str) -> str:
 
 def _files(source: Source) -> Iterator[Document]:
     for path in _matching_files(source):
-        for text in _texts_of(path, source.text_field):
-            yield make_document(text, source=path.name, metadata={"file": path.name})
+        for value in _values_of(path, source.text_field):
+            yield _document_of(value, str(path), source.text_field, source=path.name, metadata={"file": path.name})
+
+
+def _document_of(value: object, origin: str, text_field: str, *, source: str, metadata: dict[str, str] | None = None) -> Document:
+    """The document that one row's text, or list of {role, content}, is."""
+    if isinstance(value, str):
+        return make_document(value, source=source, metadata=metadata)
+    try:
+        turns = [(turn["role"], turn["content"] or "") for turn in value]  # type: ignore[attr-defined]
+    except (TypeError, KeyError):
+        turns = [("", None)]
+    if not all(isinstance(part, str) for turn in turns for part in turn):
+        raise CorpusError(f"{origin}: '{text_field}' holds neither text nor a list of {{role, content}}; set corpus.text_field")
+    return make_conversation(turns, source=source, metadata=metadata)
 
 
 def _matching_files(source: Source) -> list[Path]:
@@ -107,20 +121,20 @@ def _matching_files(source: Source) -> list[Path]:
     return paths
 
 
-def _texts_of(path: Path, text_field: str) -> Iterator[str]:
+def _values_of(path: Path, text_field: str) -> Iterator[object]:
     try:
         if path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
         elif path.suffix in {".jsonl", ".ndjson"}:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:
-                    if line.strip() and (text := json.loads(line)[text_field]):
-                        yield text
+                    if line.strip() and (value := json.loads(line)[text_field]):
+                        yield value
         elif path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
             for batch in pq.ParquetFile(path).iter_batches(columns=[text_field], batch_size=256):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+                yield from (value for value in batch.column(0).to_pylist() if value)
         else:
             raise CorpusError(f"{path}: a corpus file is .parquet, .jsonl, .ndjson or .txt")
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
@@ -139,7 +153,7 @@ def _huggingface(source: Source) -> Iterator[Document]:
                 raise CorpusError(
                     f"{source.dataset} has no field '{source.text_field}'; it has {', '.join(row)}: set corpus.text_field"
                 )
-            yield make_document(row[source.text_field] or "", source=source.dataset)
+            yield _document_of(row[source.text_field] or "", source.dataset, source.text_field, source=source.dataset)
     except (OSError, ValueError, RuntimeError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(

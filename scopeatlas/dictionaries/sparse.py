@@ -1,32 +1,36 @@
-"""`SparseDictionary`: what every SAE and transcoder becomes once loaded, and how it encodes and decodes.
+"""`SparseDictionary`: what every SAE, transcoder, crosscoder and CLT becomes once loaded; how it encodes and decodes.
 
-What belongs here: the arithmetic and the checks that hold for any format. What does not: file formats (one module
-each) or finding them on disk (`releases.py`).
+What belongs here: the arithmetic that holds for any format. What does not: file formats (one module each), the checks
+after loading (`validation.py`), or finding dictionaries on disk (`releases.py`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, overload
 
-from scopeatlas.errors import DictionaryError
 from scopeatlas.subject.sites import Site
 
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["sae", "transcoder"]
+Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
+InputNorm = Literal["none", "token_norm", "layer_norm"]
+MULTI_LAYER: tuple[Kind, ...] = ("crosscoder", "clt")
 
 TILE_BYTES = 256 << 20
 """Pre-activations are computed in feature tiles of at most this many bytes, so that no width needs more memory."""
 
-DECODER_NORM_TOLERANCE = 0.02
+LAYER_NORM_EPS = 1e-5
+VALUE_SCALE_WITHOUT_THRESHOLDS = 16.0
 
 
 @dataclass(frozen=True)
 class SparseActivations:
     """Non-zero activations of a batch of T tokens, sorted by token, then feature. Three columns of equal length n.
 
-    token: int64 [n] in [0, T). feature: int64 [n]. value: float32 [n], positive.
+    token: int64 [n] in [0, T). feature: int64 [n], layer position * features_per_layer + index. value: float32 [n],
+    positive for every activation function but `abstopk`.
     """
 
     token: "torch.Tensor"
@@ -34,140 +38,361 @@ class SparseActivations:
     value: "torch.Tensor"
     tokens: int
 
+    def dense(self, width: int) -> "torch.Tensor":
+        """The same as [T, width], float32: for a few tokens only."""
+        out = self.value.new_zeros((self.tokens, width))
+        out[self.token, self.feature] = self.value
+        return out
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How pre-activations become activations.
+
+    relu: above 0. jumprelu: above the feature's threshold (Rajamanoharan et al. 2024). topk: the k largest of relu(pre)
+    of a token (Gao et al. 2024). abstopk: the k largest by absolute value, signs kept. groupmax: features are k
+    consecutive groups, the largest of relu(pre) in each. gated: see `LayerWeights.magnitude`.
+    """
+
+    function: Literal["relu", "jumprelu", "topk", "abstopk", "groupmax", "gated"]
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One encoder layer in the convention `x @ W`, of any float dtype; computed in float32.
+
+    w_enc: [d_in, F]. b_enc: [F]. w_dec: [F, L_out, d_out], the output index absolute, zero where a causal dictionary
+    does not write. threshold: [F], or None for 0. skip: [d_in, d_out] or None: added to this layer's own output.
+    magnitude: of a gated SAE (Rajamanoharan et al. 2024), scale [F] and shift [F]: the value is pre * scale + shift,
+    where pre > 0 and the value is positive.
+    """
+
+    w_enc: "torch.Tensor"
+    b_enc: "torch.Tensor"
+    w_dec: "torch.Tensor"
+    threshold: "torch.Tensor | None" = None
+    skip: "torch.Tensor | None" = None
+    magnitude: "tuple[torch.Tensor, torch.Tensor] | None" = None
+
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """Every tensor there is, by name."""
+        scale, shift = self.magnitude or (None, None)
+        named = {"w_enc": self.w_enc, "b_enc": self.b_enc, "w_dec": self.w_dec, "threshold": self.threshold}
+        named |= {"skip": self.skip, "magnitude_scale": scale, "magnitude_shift": shift}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def to(self, device: "torch.device", *, decoder: bool = True) -> "LayerWeights":
+        """The same in float32 on `device`; without `decoder`, w_dec stays where and as it is."""
+        import torch
+
+        def move(tensor: "torch.Tensor | None") -> "torch.Tensor | None":
+            return None if tensor is None else tensor.to(device, torch.float32)
+
+        magnitude = self.magnitude and tuple(t.to(device, torch.float32) for t in self.magnitude)
+        return LayerWeights(
+            move(self.w_enc),  # pyright: ignore[reportArgumentType]
+            move(self.b_enc),  # pyright: ignore[reportArgumentType]
+            # Contiguous, because a transposed view would be copied whole for every batch that is decoded.
+            self.w_dec.to(device, torch.float32).contiguous() if decoder else self.w_dec,
+            move(self.threshold),
+            move(self.skip),
+            magnitude,  # pyright: ignore[reportArgumentType]
+        )
+
+
+class LazyLayers(Sequence[LayerWeights]):
+    """Layers opened when they are asked for and kept by nobody, so that memory stays at one of them.
+
+    open_layer: gives layer i, best as mapped tensors: then only the decoder rows of features that fire are ever read.
+    """
+
+    def __init__(self, open_layer: Callable[[int], LayerWeights], count: int):
+        self._open, self._count = open_layer, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> LayerWeights: ...
+    @overload
+    def __getitem__(self, index: slice) -> "LazyLayers": ...
+    def __getitem__(self, index: int | slice) -> "LayerWeights | LazyLayers":
+        if isinstance(index, slice):
+            places = range(self._count)[index]
+            return LazyLayers(lambda i: self._open(places[i]), len(places))
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        return self._open(index % self._count)
+
+    def to(self, device: "torch.device") -> "LazyLayers":
+        """Layers whose encoder is moved when opened; the decoder stays mapped, of which only some rows are used."""
+        if device.type == "cpu":
+            return self
+        return LazyLayers(lambda i: self._open(i).to(device, decoder=False), self._count)
+
 
 @dataclass(frozen=True)
 class SparseDictionary:
-    """A sparse dictionary in float32, rows and columns in the convention `x @ W`.
+    """A sparse dictionary: `layers` read `sites_in` one each, and all write `sites_out`.
 
-    w_enc: [d_in, F]. b_enc, threshold: [F]. w_dec: [F, d_out]. b_dec: [d_out]. skip: [d_in, d_out] or None.
-    JumpReLU (Rajamanoharan et al. 2024): pre = x @ w_enc + b_enc; f = relu(pre) where pre > threshold;
-    y = f @ w_dec + b_dec (+ x @ skip).
+    pre = norm(x) @ w_enc + b_enc for each layer; y[o] = sum over layers l of f[l] @ w_dec[l][:, o] + b_dec[o], the norm
+    undone (+ x[o] @ skip[o]). An SAE or transcoder is the case of one layer. A feature's id is its layer's position
+    times `features_per_layer` plus its index there. b_dec: [L_out, d_out]. target_l0: what training aimed at;
+    measured_l0: an average the publisher measured. notes: what loading found or mended, one sentence each.
     """
 
     kind: Kind
-    site_in: Site
-    site_out: Site
+    sites_in: tuple[Site, ...]
+    sites_out: tuple[Site, ...]
     model_name: str
-    target_l0: float | None
-    w_enc: "torch.Tensor"
-    b_enc: "torch.Tensor"
-    threshold: "torch.Tensor"
-    w_dec: "torch.Tensor"
+    layers: Sequence[LayerWeights]
     b_dec: "torch.Tensor"
-    skip: "torch.Tensor | None" = None
+    activation: Activation
+    norm: InputNorm = "none"
+    target_l0: float | None = None
+    measured_l0: float | None = None
+    family: str = ""
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _first(self) -> tuple[int, int, int]:
+        """d_in, features per layer, d_out, read off the first layer once."""
+        layer = self.layers[0]
+        return layer.w_enc.shape[0], layer.w_enc.shape[1], layer.w_dec.shape[-1]
 
     @property
     def d_in(self) -> int:
-        return self.w_enc.shape[0]
+        return self._first[0]
+
+    @property
+    def features_per_layer(self) -> int:
+        return self._first[1]
 
     @property
     def d_out(self) -> int:
-        return self.w_dec.shape[1]
+        return self._first[2]
 
     @property
     def width(self) -> int:
-        return self.w_enc.shape[1]
+        """Features in all layers together."""
+        return self.features_per_layer * len(self.layers)
 
     @property
+    def is_multi_layer(self) -> bool:
+        return self.kind in MULTI_LAYER
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Every site that the dictionary reads or writes."""
+        return frozenset(self.sites_in + self.sites_out)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, as they are stored."""
+        return sum(layer.nbytes for layer in self.layers) + self.b_dec.nbytes
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the layers are streamed, one in memory at a time."""
+        return isinstance(self.layers, LazyLayers)
+
+    def place(self, feature: int) -> tuple[int, int]:
+        """Position of a feature's encoder layer, and its index there."""
+        return divmod(feature, self.features_per_layer)
+
+    def steering_vector(self, feature: int, output: int = 0) -> "torch.Tensor":
+        """What one unit of a feature writes at output site `output`: float32 [d_out]."""
+        layer, index = self.place(feature)
+        return self.layers[layer].w_dec[index, output].float()
+
+    def reading_direction(self, feature: int) -> "torch.Tensor":
+        """What a feature looks for at its input site: its encoder column, float32 [d_in]."""
+        layer, index = self.place(feature)
+        return self.layers[layer].w_enc[:, index].float()
+
+    @cached_property
     def value_scale(self) -> float:
-        """A power of two, of the SAE alone, that brings activations into the middle of float16's range.
+        """A power of two, of the dictionary alone, that brings activations into the middle of float16's range.
 
         A value is stored as float16(value / value_scale): the median threshold lands near 2**-3, which leaves a
         factor of 2**18 above it before float16 ends and 2**11 below before precision falls.
         """
         import torch
 
-        positive = self.threshold[self.threshold > 0]
+        thresholds = [layer.threshold.float() for layer in self.layers if layer.threshold is not None]
+        positive = torch.cat(thresholds) if thresholds else torch.zeros(0)
+        positive = positive[positive > 0]
         if not len(positive):
-            return 1.0
+            return VALUE_SCALE_WITHOUT_THRESHOLDS
         return float(2.0 ** (torch.round(torch.log2(positive.median())) + 3))
 
     def to(self, device: "torch.device") -> "SparseDictionary":
-        """The same dictionary on `device`."""
-        from dataclasses import replace
+        """The same dictionary, its weights in float32 on `device`; streamed layers go there as they are opened."""
+        layers = self.layers.to(device) if isinstance(self.layers, LazyLayers) else tuple(w.to(device) for w in self.layers)
+        return replace(self, layers=layers, b_dec=self.b_dec.float().to(device))
 
-        names = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, skip=None if self.skip is None else self.skip.to(device))
-
-    def feature_tiles(self, tokens: int) -> Iterator[slice]:
-        """Feature ranges whose pre-activations for `tokens` tokens fit into TILE_BYTES."""
-        size = max(1, TILE_BYTES // (4 * max(tokens, 1)))
-        for start in range(0, self.width, size):
-            yield slice(start, min(start + size, self.width))
-
-    def encode(self, x_td: "torch.Tensor") -> SparseActivations:
-        """Activations of `x_td` [tokens, d_in] (any float dtype, computed in float32), never dense beyond one tile."""
+    def encode(self, x: "torch.Tensor | Sequence[torch.Tensor]") -> SparseActivations:
+        """Activations of x, one [tokens, d_in] per input site (any float dtype), never dense beyond one tile."""
         import torch
 
-        x = x_td.float()
-        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for tile in self.feature_tiles(len(x)):
-            pre = torch.addmm(self.b_enc[tile], x, self.w_enc[:, tile])
-            token, feature = (pre > self.threshold[tile].clamp(min=0)).nonzero(as_tuple=True)
+        inputs = _as_sequence(x)
+        token, feature, value = [], [], []
+        for position, (x_td, layer) in enumerate(zip(inputs, self.layers, strict=True)):
+            t, f, v = _encode_layer(_normalised(x_td.float(), self.norm), layer, self.activation)
+            token.append(t)
+            feature.append(f + position * self.features_per_layer)
+            value.append(v)
+        return SparseActivations(*_by_token(torch.cat(token), torch.cat(feature), torch.cat(value)), tokens=len(inputs[0]))
+
+    def decode(self, acts: SparseActivations, x: "torch.Tensor | Sequence[torch.Tensor] | None" = None) -> "torch.Tensor":
+        """The reconstruction [tokens, d_out], float32; of a multi-layer kind [tokens, L_out, d_out].
+
+        x, the encoder's input, is needed only by a dictionary with an affine skip or an input norm, which is undone.
+        """
+        shape = (acts.tokens, len(self.sites_out), self.d_out)
+        y = self.b_dec.float().expand(shape).clone()
+        inputs = None if x is None else _as_sequence(x)
+        for position, layer in enumerate(self.layers):
+            _add_layer(y, layer, _of_layer(acts, position * self.features_per_layer, self.features_per_layer, len(self.layers)))
+        if self.norm != "none":
+            y = _restored(y, _needed(inputs, "an input norm")[0].float(), self.norm)
+        for position, layer in enumerate(self.layers):
+            if layer.skip is None:
+                break  # all layers have one, or none has
+            x_td = _needed(inputs, "an affine skip connection")[position].float()
+            y[:, position] += x_td @ layer.skip.float()
+        return y if self.is_multi_layer else y[:, 0]
+
+
+def fold_b_dec(b_enc: "torch.Tensor", b_dec: "torch.Tensor", w_enc: "torch.Tensor") -> "torch.Tensor":
+    """b_enc of an encoder that subtracts b_dec [d_in] from its input: (x - b_dec) @ W + b = x @ W + (b - b_dec @ W)."""
+    return (b_enc.double() - b_dec.double() @ w_enc.double()).float()
+
+
+def _as_sequence(x: "torch.Tensor | Sequence[torch.Tensor]") -> "Sequence[torch.Tensor]":
+    import torch
+
+    return [x] if isinstance(x, torch.Tensor) else x
+
+
+def _needed(inputs: "Sequence[torch.Tensor] | None", why: str) -> "Sequence[torch.Tensor]":
+    if inputs is None:
+        raise ValueError(f"a dictionary with {why} decodes from its input too")
+    return inputs
+
+
+def _normalised(x: "torch.Tensor", norm: InputNorm) -> "torch.Tensor":
+    if norm == "token_norm":
+        return x * (x.shape[1] ** 0.5 / x.norm(dim=1, keepdim=True))
+    if norm == "layer_norm":
+        return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + LAYER_NORM_EPS)
+    return x
+
+
+def _restored(y_tod: "torch.Tensor", x: "torch.Tensor", norm: InputNorm) -> "torch.Tensor":
+    """y [tokens, outputs, d] with the norm of its input x [tokens, d] undone."""
+    if norm == "token_norm":
+        return y_tod * (x.norm(dim=1) / x.shape[1] ** 0.5)[:, None, None]
+    # SAELens and OpenAI add the epsilon when they divide, and not when they multiply back.
+    return y_tod * x.std(1)[:, None, None] + x.mean(1)[:, None, None]
+
+
+Found = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
+
+
+def _encode_layer(x: "torch.Tensor", layer: LayerWeights, activation: Activation) -> Found:
+    """Tokens, feature indices and values of the non-zero activations of one layer, sorted by (token, feature)."""
+    if activation.function in ("topk", "abstopk"):
+        return _largest(x, layer, activation)
+    import torch
+
+    group = layer.w_enc.shape[1] // (activation.k or 1) if activation.function == "groupmax" else 1
+    found: list[Found] = []
+    for tile, pre in _tiles(x, layer, multiple_of=group):
+        if activation.function == "groupmax":
+            best, which = pre.unflatten(1, (-1, group)).max(2)
+            token, number = (best > 0).nonzero(as_tuple=True)
+            found.append((token, number * group + which[token, number] + tile.start, best[token, number]))
+        elif layer.magnitude is not None:
+            scale, shift = (part[tile].float() for part in layer.magnitude)
+            value = pre * scale + shift
+            token, feature = ((pre > 0) & (value > 0)).nonzero(as_tuple=True)
+            found.append((token, feature + tile.start, value[token, feature]))
+        else:
+            floor = 0.0 if layer.threshold is None else layer.threshold[tile].float().clamp(min=0)
+            token, feature = (pre > floor).nonzero(as_tuple=True)
             found.append((token, feature + tile.start, pre[token, feature]))
-        if len(found) == 1:
-            return SparseActivations(*found[0], tokens=len(x))
-        token, feature, value = (torch.cat(column) for column in zip(*found, strict=True))
-        order = torch.argsort(token, stable=True)  # tiles come in feature order, so (token, feature) is kept
-        return SparseActivations(token[order], feature[order], value[order], tokens=len(x))
-
-    def decode(self, acts: SparseActivations, x_td: "torch.Tensor | None" = None) -> "torch.Tensor":
-        """The reconstruction [tokens, d_out], float32. `x_td` is needed only by a dictionary with an affine skip."""
-        import torch
-
-        counts = torch.bincount(acts.token, minlength=acts.tokens)
-        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        y = torch.nn.functional.embedding_bag(acts.feature, self.w_dec, starts[:-1], mode="sum", per_sample_weights=acts.value)
-        y = y + self.b_dec
-        if self.skip is not None:
-            if x_td is None:
-                raise ValueError("a dictionary with an affine skip connection decodes from its input too")
-            y = y + x_td.float() @ self.skip
-        return y
-
-    def dense_activations(self, x_td: "torch.Tensor") -> "torch.Tensor":
-        """Activations [tokens, F], dense: for a few tokens only, and as the oracle of `encode` in tests."""
-        pre = x_td.float() @ self.w_enc + self.b_enc
-        return pre.relu() * (pre > self.threshold)
+    if len(found) == 1:
+        return found[0]
+    token, feature, value = (torch.cat(column) for column in zip(*found, strict=True))
+    return _by_token(token, feature, value)
 
 
-def validate(dictionary: SparseDictionary, source: str) -> None:
-    """Check shapes, finiteness, thresholds and decoder norms. Raises DictionaryError naming `source` and the tensor."""
-    d_in, width, d_out = dictionary.d_in, dictionary.width, dictionary.d_out
-    expected = {
-        "w_enc": (d_in, width),
-        "b_enc": (width,),
-        "threshold": (width,),
-        "w_dec": (width, d_out),
-        "b_dec": (d_out,),
-        "skip": (d_in, d_out),
-    }
-    for name, shape in expected.items():
-        tensor = getattr(dictionary, name)
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise DictionaryError(f"{source}: {name} has shape {tuple(tensor.shape)}, expected {shape}; download the file again")
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise DictionaryError(f"{source}: {name} holds {bad} value(s) that are NaN or infinite; download the file again")
-    if bool((dictionary.threshold < 0).any()):
-        raise DictionaryError(
-            f"{source}: negative thresholds; a JumpReLU dictionary has none, so the file is damaged or of another kind"
-        )
-    norms = dictionary.w_dec.norm(dim=1)
-    worst = float((norms - 1).abs().max())
-    if worst > DECODER_NORM_TOLERANCE:
-        raise DictionaryError(
-            f"{source}: decoder rows are not unit norm (off by up to {worst:.3g}); w_dec may be transposed or of another format"
-        )
+def _largest(x: "torch.Tensor", layer: LayerWeights, activation: Activation) -> Found:
+    """The k largest activations of each token, merged over tiles."""
+    import torch
+
+    assert activation.k is not None
+    best: torch.Tensor | None = None
+    where: torch.Tensor | None = None
+    for tile, pre in _tiles(x, layer):
+        pre = pre if activation.function == "abstopk" else pre.relu()
+        size = pre.abs() if activation.function == "abstopk" else pre
+        chosen = size.topk(min(activation.k, pre.shape[1]), dim=1).indices
+        values, chosen = pre.gather(1, chosen), chosen + tile.start
+        if best is not None and where is not None:
+            values, chosen = torch.cat([best, values], 1), torch.cat([where, chosen], 1)
+            kept = values.abs().topk(min(activation.k, values.shape[1]), dim=1).indices
+            values, chosen = values.gather(1, kept), chosen.gather(1, kept)
+        best, where = values, chosen
+    assert best is not None and where is not None
+    where, order = where.sort(dim=1)
+    best = best.gather(1, order)
+    token, slot = (best != 0).nonzero(as_tuple=True)
+    return token, where[token, slot], best[token, slot]
 
 
-def check_fits(dictionary: SparseDictionary, d_model: int, source: str, model_name: str) -> None:
-    """Raises DictionaryError if the dictionary cannot read the subject model's activations of size `d_model`."""
-    if dictionary.d_in != d_model:
-        raise DictionaryError(
-            f"{source}: reads activations of size {dictionary.d_in}, but {dictionary.site_in} of {model_name} has {d_model}; "
-            f"it was trained on {dictionary.model_name or 'another model'}: set subject.name to that model"
-        )
+def _tiles(x: "torch.Tensor", layer: LayerWeights, *, multiple_of: int = 1) -> Iterator[tuple[slice, "torch.Tensor"]]:
+    """Feature ranges and their pre-activations [tokens, features], each of at most TILE_BYTES."""
+    import torch
+
+    width = layer.w_enc.shape[1]
+    size = max(1, TILE_BYTES // (4 * max(len(x), 1)) // multiple_of) * multiple_of
+    for start in range(0, width, size):
+        tile = slice(start, min(start + size, width))
+        yield tile, torch.addmm(layer.b_enc[tile].float(), x, layer.w_enc[:, tile].float())
+
+
+def _by_token(token: "torch.Tensor", feature: "torch.Tensor", value: "torch.Tensor") -> Found:
+    """Sorted by token; parts come in feature order, and a stable sort keeps it within each token."""
+    import torch
+
+    order = torch.argsort(token, stable=True)
+    return token[order], feature[order], value[order]
+
+
+def _of_layer(acts: SparseActivations, first: int, count: int, layers: int) -> SparseActivations:
+    """The activations of features first..first+count, numbered from 0."""
+    if layers == 1:
+        return acts
+    mine = (acts.feature >= first) & (acts.feature < first + count)
+    return SparseActivations(acts.token[mine], acts.feature[mine] - first, acts.value[mine], acts.tokens)
+
+
+def _add_layer(y_tod: "torch.Tensor", layer: LayerWeights, acts: SparseActivations) -> None:
+    """Add what one layer's features write. Only decoder rows of features that fire are read or moved."""
+    import torch
+
+    rows, index = layer.w_dec, acts.feature
+    if rows.device != y_tod.device or rows.dtype != torch.float32:
+        used, index = index.unique(return_inverse=True)
+        rows = rows[used.to(rows.device)].to(y_tod.device, torch.float32)
+    counts = torch.bincount(acts.token, minlength=acts.tokens)
+    starts = counts.cumsum(0) - counts
+    summed = torch.nn.functional.embedding_bag(index, rows.flatten(1), starts, mode="sum", per_sample_weights=acts.value)
+    y_tod += summed.view(y_tod.shape)

@@ -49,7 +49,7 @@ class Units:
         tokens = np.concatenate([c.tokens for c in loaded])
         self.contexts, self.length = tokens.shape
         self.offsets = np.r_[0, np.cumsum([len(c) for c in loaded])[:-1]] * self.length
-        self.counted = text_mask(tokens, subject).ravel()
+        self.counted = np.concatenate([text_mask(c, subject) for c in loaded]).ravel()
         self.context_split = np.concatenate([c.splits for c in loaded])
         self.documents = [d for c in loaded for d in dict.fromkeys(c.document_ids)]
         index = {d: i for i, d in enumerate(self.documents)}

@@ -18,9 +18,11 @@ from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
+from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import DictionaryError
 from scopeatlas.mining.promoted import PromotedTokens, promoted_tokens
 from scopeatlas.mining.sketches import Sketch, draw_order, merge_all, read_sketch, sketch_shard, write_sketch
+from scopeatlas.mining.writing import decoder_norms
 from scopeatlas.runner.local import Log, silent
 from scopeatlas.storage.files import atomic_path, content_hash
 from scopeatlas.storage.records import ShardKey, StageFolder
@@ -28,7 +30,8 @@ from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.vocabulary import token_texts
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
+SKETCH_VERSION = 2
 WINDOW = 32
 BEFORE_PEAK = 20
 TOP_EXAMPLES = 10
@@ -42,7 +45,7 @@ ROW_GROUP = 640
 class FeatureExamples:
     """The finished stage of one SAE over one corpus.
 
-    features: one row per feature (density, counts per split, promoted tokens). histogram: see `Sketch`. examples: the
+    features: one row per feature (see `feature_table`). histogram: see `Sketch`. examples: the
     path of the windows, sorted by feature; read some with `read_examples`.
     """
 
@@ -87,10 +90,10 @@ def mine_examples(
     with atomic_path(windows) as temporary:
         write_windows(chosen, corpus, subject, activations, dict(zip(corpus.shards, shards, strict=True)), temporary)
     log("feature examples: promoted and suppressed tokens through the unembedding")
-    promoted = promoted_tokens(dictionary.to(subject.resolved_device), subject)
+    promoted = promoted_tokens(dictionary, subject)
     features, histogram = stage.data_path(key, ".features.parquet"), stage.data_path(key, ".histogram.parquet")
     with atomic_path(features) as temporary:
-        feature_table(sketch, promoted).write_parquet(temporary)
+        feature_table(sketch, dictionary, promoted).write_parquet(temporary)
     with atomic_path(histogram) as temporary:
         sketch.histogram.write_parquet(temporary)
     stage.commit(key, [windows, features, histogram], {"examples": len(chosen), "features": sketch.width})
@@ -127,13 +130,13 @@ def _sketch(
     width: int,
 ) -> Sketch:
     """A shard's sketch: read back if it was made before, so that a larger corpus sketches only what is new."""
-    key = ShardKey(f"sketch-{shard.name}", content_hash(STAGE_VERSION, acts_key.identity))
+    key = ShardKey(f"sketch-{shard.name}", content_hash(SKETCH_VERSION, acts_key.identity))
     paths = [stage.data_path(key, f".{part}") for part in ("counts.npz", "histogram.parquet", "entries.parquet")]
     if stage.is_done(key):
         return read_sketch(*paths)
     record = activations.record(acts_key)
     contexts = corpus.contexts(shard)
-    counted = text_mask(contexts.tokens, subject).sum(axis=1)
+    counted = text_mask(contexts, subject).sum(axis=1)
     seen = np.bincount(contexts.splits, counted, minlength=len(SPLITS)).astype(np.int64)
     acts = read_shard(activations.data_path(record.key, ".parquet"))
     sketch = sketch_shard(acts, contexts, width=width, shard=shard.name, seen=seen)
@@ -240,16 +243,21 @@ def windows_of(
     return out
 
 
-def feature_table(sketch: Sketch, promoted: PromotedTokens | None) -> pl.DataFrame:
-    """One row per feature: density (share of unmasked tokens), contexts fired per split, moments, promoted tokens."""
+def feature_table(sketch: Sketch, dictionary: SparseDictionary, promoted: PromotedTokens | None) -> pl.DataFrame:
+    """One row per feature: its flat id, the model layer that it reads and its index there, the norms of its decoder row
+    at each output site, density (share of unmasked tokens), contexts fired per split, moments, promoted tokens."""
     counts, seen = sketch.counts, int(sketch.seen.sum())
     tokens = counts["tokens"].sum(0)
     fired = np.maximum(tokens, 1)
     mean = counts["sum"].sum(0) / fired
     variance = np.maximum(counts["sum2"].sum(0) / fired - mean**2, 0)
     documents = sketch.entries.group_by("feature", "split").agg(documents=pl.col("document").n_unique())
+    position, index = np.divmod(np.arange(sketch.width), dictionary.features_per_layer)
     columns: dict[str, object] = {
         "feature": np.arange(sketch.width, dtype=np.uint32),
+        "layer": np.array([site.layer for site in dictionary.sites_in], dtype=np.int16)[position],
+        "index": index.astype(np.int32),
+        "decoder_norms": _lists(decoder_norms(dictionary)),
         "tokens": tokens,
         "density": (tokens / max(seen, 1)).astype(np.float64),
         "early_share": counts["early"].sum(0) / fired,

@@ -4,6 +4,7 @@ What belongs here: writing one file so that it is either whole or absent, and ha
 What does not: which files make up a stage (`records.py`) or where they lie (`store.py`).
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -43,6 +44,22 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise StoreError(f"cannot write {target}: {error.strerror or error}; free space or set another store") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file against every other process on this machine; a killed holder frees it.
+
+    Yields False if it is not to be had and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -92,3 +109,13 @@ def stable_id(salt: str, key: str) -> int:
     """A non-negative 63-bit integer that depends on `salt` and `key` alone (fits a signed int64 column)."""
     digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def human_bytes(count: int) -> str:
+    """1.5 MB, in powers of 1,000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -5,12 +5,13 @@ What belongs here: hooks. What does not: which sites (`sites.py`), or what becom
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scopeatlas.errors import SubjectModelError
-from scopeatlas.subject.sites import Site, resolve_site
+from scopeatlas.subject.sites import Site, resolve, transform_constant
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,30 @@ class _AllCaptured(Exception):
     """Raised inside the forward pass once the last site has been seen."""
 
 
+@dataclass
+class PassCount:
+    """How often the subject model was run, and over how many tokens (padding left out)."""
+
+    passes: int = 0
+    tokens: int = 0
+
+
+_counts: list[PassCount] = []
+
+
+@contextmanager
+def counting_passes() -> Iterator[PassCount]:
+    """Count the forward passes made within this context, by whichever thread; contexts may be nested."""
+    count = PassCount()
+    _counts.append(count)
+    try:
+        yield count
+    finally:
+        _counts[:] = [other for other in _counts if other is not count]
+
+
 def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable[Site]) -> dict[Site, "torch.Tensor"]:
-    """Activations [batch, sequence, d] at each site, in the model's dtype, from one forward pass.
+    """Activations [batch, sequence, d] at each site, from one forward pass: in the model's dtype, float32 if transformed.
 
     tokens_bs: int64 [batch, sequence], padded at the end with -1. The pass stops after the last site: later layers
     and the unembedding are never run. Raises SubjectModelError for a site that the model lacks or never reaches.
@@ -33,8 +56,10 @@ def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable
     captured: dict[Site, torch.Tensor] = {}
 
     def keep(site: Site) -> Callable[["torch.Tensor"], None]:
+        transform = _transform(model, site)
+
         def record(activation: torch.Tensor) -> None:
-            captured[site] = activation.detach()
+            captured[site] = transform(activation.detach())
             if len(captured) == len(wanted):
                 raise _AllCaptured
 
@@ -54,6 +79,9 @@ def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable
 def run_model(model: "PreTrainedModel", tokens_bs: "torch.Tensor", *, logits: bool) -> "torch.Tensor":
     """Run the model on end-padded tokens (-1): logits [b, s, vocabulary] in float32, or the last hidden states."""
     is_token = tokens_bs >= 0
+    for count in _counts:
+        count.passes += 1
+        count.tokens += int(is_token.sum())
     inputs = {"input_ids": tokens_bs.clamp(min=0), "attention_mask": is_token.long(), "use_cache": False}
     if logits:
         return model(**inputs).logits.float()
@@ -62,22 +90,50 @@ def run_model(model: "PreTrainedModel", tokens_bs: "torch.Tensor", *, logits: bo
 
 @contextmanager
 def editing(model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"], "torch.Tensor"]) -> Iterator[None]:
-    """Within this context, `edit` replaces the activation [batch, sequence, d] at `site` in every forward pass."""
-    module = resolve_site(model, site)
-    if site.side == "output":
-        handle = module.register_forward_hook(lambda _m, _args, out: _with_tensor(out, edit(_tensor_of(out))))  # pyright: ignore[reportArgumentType]
+    """Within this context, `edit` replaces the activation [batch, sequence, d] at `site` in every forward pass.
+
+    `edit` sees what `capture` gives. Raises SubjectModelError for an `rms_norm` site: the division forgets the norm.
+    """
+    edit_raw = _edit_of_raw(model, site, edit)
+    module, side = resolve(model, site)
+    if side == "output":
+        handle = module.register_forward_hook(lambda _m, _args, out: _with_tensor(out, edit_raw(_tensor_of(out))))  # pyright: ignore[reportArgumentType]
     else:
-        handle = module.register_forward_pre_hook(lambda _m, args, named: _with_input(args, named, edit), with_kwargs=True)
+        handle = module.register_forward_pre_hook(lambda _m, args, named: _with_input(args, named, edit_raw), with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
+def _edit_of_raw(
+    model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"], "torch.Tensor"]
+) -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    if site.transform == "rms_norm":
+        raise SubjectModelError(f"{site} can be read but not edited: what it was divided by is lost; edit a site after it")
+    if site.transform == "none":
+        return edit
+    transform, scale = _transform(model, site), transform_constant(model, site)
+    return lambda raw: (edit(transform(raw)) * scale).to(raw.dtype)
+
+
+def _transform(model: "PreTrainedModel", site: Site) -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    """What makes of a module's own tensor the activation at `site`."""
+    constant = transform_constant(model, site)
+    if site.transform == "rms_norm":
+
+        def divide_by_root_mean_square(raw: "torch.Tensor") -> "torch.Tensor":
+            x = raw.float()
+            return x * (x.square().mean(-1, keepdim=True) + constant).rsqrt()
+
+        return divide_by_root_mean_square
+    return (lambda raw: raw) if site.transform == "none" else (lambda raw: raw.float() / constant)
+
+
 @contextmanager
 def _observing(model: "PreTrainedModel", site: Site, record: Callable[["torch.Tensor"], None]) -> Iterator[None]:
-    module = resolve_site(model, site)
-    if site.side == "output":
+    module, side = resolve(model, site)
+    if side == "output":
         handle = module.register_forward_hook(lambda _m, _args, out: record(_tensor_of(out)))
     else:
         handle = module.register_forward_pre_hook(lambda _m, args, named: record(_input_of(args, named)), with_kwargs=True)

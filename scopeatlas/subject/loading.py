@@ -6,6 +6,7 @@ activations are read (`sites.py`, `capture.py`).
 
 import importlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Literal
 
 from scopeatlas.errors import SubjectModelError
 from scopeatlas.storage.files import content_hash, file_sha256
+from scopeatlas.subject.names import names_same_model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE_PREFIX = "package:"
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -29,6 +31,7 @@ class SubjectModel:
     name: a Hub id, a local folder in the Hub's layout, a path to a .gguf file, or `package:NAME` for a Python package
     whose `assemble()` gives such a file. precision: float32 or bfloat16; `auto` is bfloat16 on CUDA, float32
     elsewhere; float16 is not offered because Gemma's residual stream overflows it. cache: where a GGUF is unpacked.
+    serves: other names under which releases know this model, for a folder, a file or a package that does not say.
     """
 
     name: str
@@ -36,6 +39,17 @@ class SubjectModel:
     precision: Precision = "auto"
     device: str = "auto"
     cache: Path = Path(".scopeatlas/models")
+    serves: tuple[str, ...] = ()
+
+    def matches(self, model_name: str) -> bool:
+        """Whether a release for `model_name` is one for this model.
+
+        A release that names none is for any; a file, folder or package without `serves` is taken at its word.
+        """
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) and not Path(self.name).exists()
+        if not model_name or not (self.serves or is_hub_id):
+            return True
+        return any(names_same_model(model_name, name) for name in (self.name, *self.serves))
 
     @cached_property
     def folder(self) -> str:
@@ -60,19 +74,44 @@ class SubjectModel:
             raise SubjectModelError(f"cannot load the tokenizer of {self.name}: {_first_line(error)}") from error
 
     @cached_property
+    def config(self) -> "PreTrainedConfig":
+        """The model's configuration; of a vision-language model, that of its text half."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, revision=self.revision).get_text_config()
+        except (OSError, ValueError) as error:
+            raise self._cannot_load(error) from error
+
+    @property
+    def d_model(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @cached_property
     def model(self) -> "PreTrainedModel":
-        """The model, in eval mode, on `resolved_device` and in `resolved_dtype`."""
+        """The model, in eval mode, on `resolved_device` and in `resolved_dtype`; vision-language models keep their wrapper."""
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        # Only eager attention caps Gemma 2's scores.
+        attention = "eager" if self.config.model_type == "gemma2" else None
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, revision=self.revision, dtype=self.resolved_dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, revision=self.revision, dtype=self.resolved_dtype, attn_implementation=attention
+            )
         except (OSError, ValueError) as error:
-            raise SubjectModelError(
-                f"cannot load subject model {self.name}: {_first_line(error)}; check subject.name and the network"
-            ) from error
+            raise self._cannot_load(error) from error
         return model.to(self.resolved_device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+
+    def _cannot_load(self, error: Exception) -> SubjectModelError:
+        return SubjectModelError(
+            f"cannot load subject model {self.name}: {_first_line(error)}; check subject.name and the network"
+        )
 
     @cached_property
     def resolved_device(self) -> "torch.device":

@@ -15,17 +15,21 @@ _SENTENCEPIECE_SPACE = "▁"
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
     """The text of each token id, with its leading space; "" for padding (-1).
 
-    Sentencepiece vocabularies spell a space as a block, byte-level ones as a letter that their decoder maps back.
+    Sentencepiece vocabularies spell a space as a block; byte-level ones spell every byte as a letter that their
+    decoder maps back ("Ã©" is "é", "Ġ" a space).
     """
     pieces = tokenizer.convert_ids_to_tokens([max(int(i), 0) for i in ids])
-    return ["" if i < 0 else _text_of(tokenizer, piece) for i, piece in zip(ids, pieces, strict=True)]
+    byte_level = _is_byte_level(tokenizer)
+    return ["" if i < 0 else _text_of(tokenizer, piece, byte_level) for i, piece in zip(ids, pieces, strict=True)]
 
 
-def _text_of(tokenizer: "PreTrainedTokenizerBase", piece: str) -> str:
+def _text_of(tokenizer: "PreTrainedTokenizerBase", piece: str, byte_level: bool) -> str:
+    if byte_level:
+        return tokenizer.convert_tokens_to_string([piece])
     if piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:-1], 16)]).decode("utf-8", errors="replace")
-    if _SENTENCEPIECE_SPACE in piece or piece.isascii():
-        return piece.replace(_SENTENCEPIECE_SPACE, " ")
-    if "Ġ" in piece or "Ċ" in piece:  # GPT-2's byte-level alphabet
-        return tokenizer.convert_tokens_to_string([piece])
-    return piece
+    return piece.replace(_SENTENCEPIECE_SPACE, " ")
+
+
+def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)  # type: ignore[attr-defined]

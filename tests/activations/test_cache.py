@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from scopeatlas.activations.cache import activation_keys, cache_activations, text_mask
+from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
+from scopeatlas.activations.memory import batch_bytes, footprint_of
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.documents import SPLITS
-from scopeatlas.dictionaries.releases import open_dictionary
+from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.errors import StoreError
 from scopeatlas.storage.store import Store
-from tests.conftest import entry_of, sae_tensors, write_sae
+from tests.conftest import Stored, entry_of, sae_tensors, text_mask, write_sae
 
 
 def data_of(store: Store) -> dict[str, bytes]:
@@ -52,8 +53,9 @@ def test_a_shard_holds_what_a_plain_forward_pass_and_a_dense_encoder_give(small,
         ids = torch.tensor(context[context >= 0]).long()
         with torch.no_grad():
             hidden = subject.model(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states[2][0]
-        pre = (hidden.double() @ dictionary.w_enc.double() + dictionary.b_enc.double()).numpy()
-        threshold = dictionary.threshold.double().numpy()
+        layer = dictionary.layers[0]
+        pre = (hidden.double() @ layer.w_enc.double() + layer.b_enc.double()).numpy()
+        threshold = layer.threshold.double().numpy()
         expected = np.where(pre > threshold, pre, 0)
         expected[0] = 0  # BOS
         got = stored[row * len(context) : row * len(context) + len(ids)]
@@ -177,6 +179,7 @@ def test_a_transcoder_reads_one_site_and_is_measured_against_another(fresh, subj
     entry = entry_of(folder)
     cache_activations(fresh.store, fresh.corpus, [entry], subject)
     dictionary = open_dictionary(entry)
+    weights = dictionary.layers[0]
     stage = fresh.store.stage(entry.key, fresh.corpus.id, "activations")
     tokens = torch.tensor(fresh.corpus.contexts(fresh.corpus.shards[0]).tokens).long()
     layer, seen = subject.model.model.layers[1], {}
@@ -194,14 +197,14 @@ def test_a_transcoder_reads_one_site_and_is_measured_against_another(fresh, subj
         for index in range(len(SPLITS)):
             members = mask & torch.from_numpy(contexts.splits == index)[:, None]
             x, y = seen["x"][members].double(), seen["y"][members].double()
-            acts = (x @ dictionary.w_enc.double() + dictionary.b_enc).double()
-            acts = acts * (acts > dictionary.threshold)
-            error = y - (acts @ dictionary.w_dec.double() + dictionary.b_dec.double() + x)
+            acts = (x @ weights.w_enc.double() + weights.b_enc).double()
+            acts = acts * (acts > weights.threshold)
+            error = y - (acts @ weights.w_dec[:, 0].double() + dictionary.b_dec.double() + x)
             assert moments["tokens"][index] == len(x)
             assert moments["nonzeros"][index] == pytest.approx(int((acts > 0).sum()), abs=2)
-            assert np.allclose(moments["sum_y"][index], y.sum(0).numpy(), rtol=1e-3, atol=1e-3)
-            assert np.isclose(moments["sum_y2"][index], float(y.square().sum()), rtol=1e-4)
-            assert np.isclose(moments["sum_error2"][index], float(error.square().sum()), rtol=1e-3)
+            assert np.allclose(moments["sum_y"][index, 0], y.sum(0).numpy(), rtol=1e-3, atol=1e-3)
+            assert np.isclose(moments["sum_y2"][index, 0], float(y.square().sum()), rtol=1e-4)
+            assert np.isclose(moments["sum_error2"][index, 0], float(error.square().sum()), rtol=1e-3)
 
 
 def test_shard_identities_change_with_the_sae_and_the_precision_and_not_with_the_revision(small, subject):
@@ -215,3 +218,52 @@ def test_a_store_that_cannot_be_written_is_an_error_before_any_work(small, subje
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot write to the store .*file/x.*set store.root"):
         cache_activations(Store(tmp_path / "file" / "x"), small.corpus, small.entries, subject)
+
+
+def shard_bytes(stored: Stored, entry: SaeEntry, subject) -> list[bytes]:
+    stage = stored.store.stage(entry.key, stored.corpus.id, "activations")
+    return [stage.data_path(key, ".parquet").read_bytes() for key in activation_keys(stored.corpus, entry, subject)]
+
+
+def test_several_saes_at_several_sites_cost_the_forward_passes_of_one(fresh, small, subject, residual, tmp_path):
+    elsewhere = {"hf_hook_point_in": "model.layers.0.output", "hf_hook_point_out": "model.layers.0.output"}
+    third = entry_of(write_sae(tmp_path / "three", sae_tensors(residual, seed=7), **elsewhere))
+    alone = cache_activations(fresh.store, fresh.corpus, small.entries[:1], subject)
+    shared = cache_activations(fresh.store, fresh.corpus, [small.entries[1], third], subject)
+    batches = sum(-(-len(fresh.corpus.contexts(shard)) // BATCH_CONTEXTS) for shard in fresh.corpus.shards)
+    assert alone.forward_passes == shared.forward_passes == batches
+
+
+def test_what_does_not_fit_into_memory_together_is_split_and_gives_the_same_bytes(fresh, small, subject):
+    said: list[str] = []
+    one = footprint_of(open_dictionary(small.entry))
+    enough_for_one = one.resident + batch_bytes([one], BATCH_CONTEXTS * 64)
+    result = cache_activations(fresh.store, fresh.corpus, small.entries, subject, memory_bytes=enough_for_one, log=said.append)
+    assert not result.failed and any("2 SAEs in 2 passes" in line for line in said)
+    assert result.forward_passes == 2 * sum(-(-len(fresh.corpus.contexts(s)) // BATCH_CONTEXTS) for s in fresh.corpus.shards)
+    for entry in small.entries:
+        assert shard_bytes(fresh, entry, subject) == shard_bytes(small, entry, subject)
+
+
+def test_an_sae_that_does_not_fit_alone_is_refused_with_the_number_and_the_others_go_on(
+    fresh, small, subject, residual, tmp_path
+):
+    wide = entry_of(write_sae(tmp_path / "wide", sae_tensors(residual, width=960)))
+    one = footprint_of(open_dictionary(small.entry))
+    result = cache_activations(
+        fresh.store,
+        fresh.corpus,
+        [wide, small.entry],
+        subject,
+        memory_bytes=one.resident + batch_bytes([one], BATCH_CONTEXTS * 64),
+    )
+    assert result.failed.keys() == {wide.key} and result.shards_done == len(fresh.corpus.shards)
+    assert "of memory (weights 4.9 MB" in result.failed[wide.key] and "raise subject.memory_gb" in result.failed[wide.key]
+
+
+def test_an_sae_of_another_model_is_left_out_by_name(fresh, small, subject, residual, tmp_path):
+    other = entry_of(write_sae(tmp_path / "other", sae_tensors(residual), model_name="google/gemma-2-2b"))
+    named = replace(subject, serves=("google/gemma-3-270m-pt",))
+    result = cache_activations(fresh.store, fresh.corpus, [other, small.entry], named)
+    assert result.failed.keys() == {other.key}
+    assert "trained on google/gemma-2-2b, and the subject model is package:gemma3" in result.failed[other.key]

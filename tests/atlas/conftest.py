@@ -64,7 +64,8 @@ def feature_rows(sae: str, texts: list[str] | None = None) -> pl.DataFrame:
     rows = []
     for feature, text in enumerate(TEXTS[sae] if texts is None else texts):
         row = dict.fromkeys(FEATURE_ROW, "") | {"key": f"{sae}/{feature}", "sae": sae, "feature": feature, "release": sae[:8]}
-        row |= {"model": "toy", "corpus": "c1", "kind": "SAE", "site": "residual", "layer": LAYERS.get(sae, 0)}
+        row |= {"model": "toy", "corpus": "c1", "kind": "sae", "layer": LAYERS.get(sae, 0), "index": feature}
+        row |= dict.fromkeys(("site", "site_out"), f"model.layers.{row['layer']}.output") | {"decoder_norms": [1.0]}
         row |= {"label": text, "search_text": text}
         row |= {"status": "ok" if text else "dead", "method": "rule" if text else "", "reads": text}
         row |= {"trigger_tokens": text.split()[:3], "promoted": [], "suppressed": ["the"], "density": 0.01, "max_activation": 7.5}

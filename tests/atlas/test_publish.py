@@ -148,7 +148,7 @@ def test_indexes_are_built_and_upkeep_keeps_the_rows(store, put, monkeypatch):
     assert open_table(store, FEATURES).stats()["fragment_stats"]["num_small_fragments"] <= 2
     assert table(store).sort("key").equals(before)
     assert maintain(store)
-    with publishing._locked(store, "upkeep"):
+    with publishing.atlas_lock(store, "upkeep"):
         assert not maintain(store)
 
 

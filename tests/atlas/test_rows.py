@@ -1,14 +1,16 @@
 import polars as pl
 import pytest
 
-from scopeatlas.atlas.rows import PUNCTUATION, SNIPPETS, TRIGGER_TOKENS, described_by, feature_rows, word_around
+from scopeatlas.atlas.rows import PUNCTUATION, SNIPPETS, TRIGGER_TOKENS, described_by, feature_rows, sites_text, word_around
 from scopeatlas.atlas.tables import FEATURE_ROW, checked_rows
 from scopeatlas.dictionaries.releases import open_dictionary
+from scopeatlas.errors import AtlasError
 from scopeatlas.hypotheses.labels import LABEL_SCHEMA
 from scopeatlas.labels.stage import LabelSettings, label_features
 from scopeatlas.mining.examples import mine_examples, read_examples
 from scopeatlas.mining.windows import mark
 from scopeatlas.scoring.stage import ScoreSettings, score_labels
+from scopeatlas.subject.sites import parse_hook_points
 from scopeatlas.subject.vocabulary import token_texts
 from tests.conftest import WIDTH, Stored
 from tests.planted import DEAD, DENSE, EXACT, NO_REPORT, RANDOM, RARE, TOPIC, planted_chain
@@ -92,9 +94,28 @@ def test_the_rows_of_a_real_run_are_fit_to_be_published(real):
 def test_a_row_names_its_site_and_promoted_tokens(real):
     row = real.rows().row(7, named=True)
     features = real.examples.features.row(7, named=True)
-    assert (row["kind"], row["site"], row["layer"]) == ("sae", "model.layers.1.output", 1)
+    assert (row["kind"], row["layer"], row["index"], row["feature"]) == ("sae", 1, 7, 7)
+    assert row["site"] == row["site_out"] == "model.layers.1.output" and len(row["decoder_norms"]) == 1
+    assert row["key"] == f"{real.stored.entry.key}/7"
     assert row["promoted"] == token_texts(real.subject.tokenizer, features["promoted"][:5])
     assert row["suppressed"] == token_texts(real.subject.tokenizer, features["suppressed"][:5])
+
+
+@pytest.mark.parametrize(
+    "hook", ["model.layers.3.output", "model.layers.{5,9}.mlp.input", "blocks.{0,1,2}.hook_mlp_out", "hook_embed"]
+)
+def test_several_sites_are_one_hook_string(hook):
+    sites = parse_hook_points(hook)
+    assert parse_hook_points(sites_text(sites)) == sites
+
+
+def test_rows_of_a_key_that_is_not_their_name_are_refused(real):
+    rows = real.rows()
+    renamed = rows.with_columns(kind=pl.lit("clt"))
+    with pytest.raises(AtlasError, match=f"{rows['key'][0]}' should be {rows['sae'][0]}/1.0"):
+        checked_rows(renamed)
+    named = renamed.with_columns(key=pl.format("{}/1.{}", "sae", "feature"))
+    assert checked_rows(named).equals(named)
 
 
 @pytest.mark.parametrize(("feature", "status"), [(DEAD, "dead"), (RARE, "rare")])

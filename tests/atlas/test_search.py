@@ -2,6 +2,7 @@ import dataclasses
 import shutil
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 import scopeatlas
@@ -9,8 +10,9 @@ from scopeatlas.atlas import publish as publishing
 from scopeatlas.atlas import search as searching
 from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.search import FeatureHit, open_atlas
-from scopeatlas.atlas.tables import FEATURE_ROW
+from scopeatlas.atlas.tables import FEATURE_ROW, FEATURES, open_table
 from scopeatlas.errors import AtlasError, UnknownSaeError
+from scopeatlas.storage.records import StageFolder
 from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 
@@ -112,9 +114,12 @@ def test_point_lookup(atlas):
 
 def test_saes_are_summarised(atlas):
     saes = atlas.saes()
-    assert saes.columns == ["release", "sae", "model", "layer", "features", "labelled", "mean_f1", "published_at"]
+    assert saes.columns[:6] == ["release", "sae", "model", "kind", "layer", "last_layer"]
+    assert saes.columns[6:] == ["features", "labelled", "mean_f1", "published_at"]
     row = saes.row(by_predicate=pl.col("sae") == RES, named=True)
-    assert (row["features"], row["labelled"], row["layer"]) == (20, 19, 3) and row["published_at"] is not None
+    assert (row["features"], row["labelled"], row["kind"], row["layer"], row["last_layer"]) == (20, 19, "sae", 3, 3) and row[
+        "published_at"
+    ] is not None
     assert row["mean_f1"] == pytest.approx(feature_rows(RES)["f1"].mean())
 
 
@@ -150,6 +155,32 @@ def test_opening_what_is_no_atlas_says_so(tmp_path):
     with pytest.raises(AtlasError, match="no atlas at"):
         open_atlas(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_an_atlas_of_an_earlier_layout_is_left_alone_and_says_so(published, tmp_path, embedder, vectors_of):
+    root = shutil.copytree(published, tmp_path / "store")
+    open_table(root, FEATURES).drop_columns(["decoder_norms"])
+    with pytest.raises(AtlasError, match="another version of Scope Atlas; publish its SAEs again into another store"):
+        open_atlas(root)
+    rows = feature_rows(RES)
+    with pytest.raises(AtlasError, match="another version of Scope Atlas; move it away and publish again"):
+        publishing.publish(rows, vectors_of(rows), root=root, folder=root / "again", embedder=embedder)
+
+
+def test_a_generation_of_an_earlier_layout_cannot_be_rolled_back_to(published, tmp_path):
+    root = shutil.copytree(published, tmp_path / "store")
+    path = next((root / "saes" / RES).glob("features*.parquet"))
+    generation = pl.read_parquet(path)["generation"][0]
+    table = pq.read_table(path).drop_columns("decoder_norms")
+    stage = StageFolder(root / "saes" / RES)
+    record = next(iter(stage.records()))
+    stage.discard(record)
+    pq.write_table(table, path, use_compliant_nested_type=False)
+    stage.commit(record.key, [path], record.facts)
+    version = open_table(root, FEATURES).version
+    with pytest.raises(AtlasError, match=f"generation {generation} of {RES} was made by another version"):
+        publishing.republish(generation, root=root, folder=root / "saes" / RES)
+    assert open_table(root, FEATURES).version == version
 
 
 def test_opening_with_another_embedder_says_so(published, embedder, tmp_path):

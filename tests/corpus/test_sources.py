@@ -5,6 +5,7 @@ from itertools import islice
 import polars as pl
 import pytest
 
+from scopeatlas.corpus.documents import make_conversation, make_document
 from scopeatlas.corpus.sources import Source, open_source, source_fingerprint
 from scopeatlas.errors import CorpusError
 
@@ -49,6 +50,35 @@ def test_the_column_of_the_text_may_have_another_name(tmp_path):
     pl.DataFrame({"body": ["one", "two"]}).write_parquet(tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"body": "three"}', encoding="utf-8")
     assert texts_of(files(tmp_path / "*", text_field="body")) == ["one", "two", "three"]
+
+
+TALK = [{"role": "user", "content": " What is it? "}, {"role": "assistant", "content": "A river."}]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversation"])
+def test_rows_of_turns_are_conversations(tmp_path, column):
+    pl.DataFrame({column: [TALK, None, TALK[:1]]}).write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps({column: TALK}) + "\n" + json.dumps({column: []}), encoding="utf-8")
+    found = list(open_source(files(tmp_path / "*", text_field=column)))
+    turns = (("user", "What is it?"), ("assistant", "A river."))
+    assert [document.turns for document in found] == [turns, turns[:1], turns]
+    assert found[0].text == "user: What is it?\n\nassistant: A river."
+    assert found[0].id == found[2].id != found[1].id
+
+
+def test_who_says_what_makes_a_conversation_another():
+    one = make_conversation([("user", "a"), ("assistant", "b")], source="s")
+    other = make_conversation([("assistant", "a"), ("user", "b")], source="s")
+    assert one.id != other.id != make_document(one.text, source="s").id
+
+
+@pytest.mark.parametrize(
+    "value", [[{"from": "user", "value": "x"}], [{"role": "user", "content": [{"text": "x"}]}], [1], {"a": 1}, 7]
+)
+def test_a_column_that_holds_neither_texts_nor_turns_is_an_error(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": value}), encoding="utf-8")
+    with pytest.raises(CorpusError, match="a.jsonl: 'messages' holds neither text nor a list of {role, content}"):
+        texts_of(files(tmp_path / "a.jsonl", text_field="messages"))
 
 
 def test_short_documents_are_left_out_and_reading_stops_at_the_cap(folder):

@@ -1,17 +1,23 @@
+import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from scopeatlas.dictionaries.releases import describe_sae, fetch_from_hub, find_saes, load_folder, open_dictionary
+from scopeatlas.dictionaries.releases import (
+    SaeEntry,
+    describe_sae,
+    find_saes,
+    load_folder,
+    open_dictionary,
+    reopen_dictionary,
+)
 from scopeatlas.errors import DictionaryError
-from tests.conftest import REPOSITORY, entry_of, sae_tensors, write_sae
+from scopeatlas.storage.files import file_sha256
+from tests.conftest import entry_of, sae_tensors, write_sae
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -77,7 +83,7 @@ def test_a_key_follows_the_files_of_its_own_sae_and_nothing_else(root, tensors):
 
 
 def test_a_registered_sae_opens(root, tensors):
-    assert torch.equal(open_dictionary(find_saes(root)[0]).w_enc, tensors["w_enc"])
+    assert torch.equal(open_dictionary(find_saes(root)[0]).layers[0].w_enc, tensors["w_enc"])
 
 
 def test_a_file_that_is_gone_is_named(root):
@@ -109,72 +115,46 @@ def test_a_folder_without_known_weights_is_an_error(tmp_path):
 
 def test_an_entry_survives_json(root):
     entry = find_saes(root)[0]
-    assert replace(entry) == type(entry)(**entry.as_json())
-
-
-def hub_cache(cache: Path, repo: str, folders: dict[str, Path]) -> None:
-    """A Hugging Face cache as a download leaves it: blobs by hash, a snapshot of links to them, a ref to the snapshot."""
-    home = cache / f"models--{repo.replace('/', '--')}"
-    (home / "blobs").mkdir(parents=True)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(COMMIT)
-    for path, folder in folders.items():
-        snapshot = home / "snapshots" / COMMIT / path
-        snapshot.mkdir(parents=True)
-        for file in folder.iterdir():
-            blob = home / "blobs" / f"{abs(hash((path, file.name))):x}"
-            shutil.copy(file, blob)
-            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    assert entry == SaeEntry.from_json(json.loads(json.dumps(entry.as_json())))
 
 
 @pytest.fixture
-def offline(tmp_path, tensors, monkeypatch):
-    """The Hub out of reach, and a cache of one repo of three SAEs."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    folders = {}
-    for number, path in enumerate(("resid_post/layer_1", "resid_post/layer_2", "mlp_out/layer_1")):
-        folders[path] = write_sae(tmp_path / "upstream" / path, tensors, l0=number)
-    hub_cache(tmp_path / "hub", "google/gemma-scope-2-toy", folders)
-    return tmp_path
-
-
-def test_a_cached_hub_repo_serves_offline(offline, tensors):
-    entries = fetch_from_hub("google/gemma-scope-2-toy", ["resid_post/*"])
-    assert [(e.release, e.path, e.revision) for e in entries] == [
-        ("gemma-scope-2-toy", "resid_post/layer_1", COMMIT),
-        ("gemma-scope-2-toy", "resid_post/layer_2", COMMIT),
-    ]
-    assert torch.equal(open_dictionary(entries[0]).w_dec, tensors["w_dec"])
+def cache(root) -> Path:
+    """The Hugging Face cache as downloads leave it: blobs, snapshots of links to them; two commits of one repo."""
+    home = root / "hub" / "models--google--gemma-scope-2-toy"
+    (home / "blobs").mkdir(parents=True)
+    for age, (commit, path) in enumerate((("b" * 40, "mlp_out/layer_2"), (COMMIT, "resid_post/layer_1"))):
+        snapshot = home / "snapshots" / commit / path
+        snapshot.mkdir(parents=True)
+        for file in (root / "alpha" / path).iterdir():
+            blob = home / "blobs" / file_sha256(file)
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+        os.utime(home / "snapshots" / commit, (1e9 + age, 1e9 + age))
+    return root / "hub"
 
 
-def test_a_hub_sae_has_the_key_of_the_same_files_in_a_local_folder(offline):
-    fetched = fetch_from_hub("google/gemma-scope-2-toy", ["mlp_out/layer_1"])[0]
-    local = describe_sae(offline / "upstream/mlp_out/layer_1", release="gemma-scope-2-toy", path="mlp_out/layer_1")
-    assert fetched.key == local.key
+def test_the_hugging_face_cache_is_a_folder_of_releases_at_their_newest_commit(cache):
+    assert [(e.release, e.path, e.revision) for e in find_saes(cache)] == [("gemma-scope-2-toy", "resid_post/layer_1", COMMIT)]
 
 
-def test_patterns_that_match_nothing_are_named(offline):
-    with pytest.raises(DictionaryError, match="has no SAE folder that matches attn_out/\\*; check saes.hub patterns"):
-        fetch_from_hub("google/gemma-scope-2-toy", ["attn_out/*"])
+def test_an_sae_in_the_hugging_face_cache_has_the_key_of_the_same_files_in_a_local_folder(cache, root, tensors):
+    cached = find_saes(cache)[0]
+    local = describe_sae(root / "alpha/resid_post/layer_1", release="gemma-scope-2-toy", path="resid_post/layer_1")
+    assert cached.key == local.key
+    assert torch.equal(open_dictionary(cached).layers[0].w_dec[:, 0], tensors["w_dec"])
 
 
-def test_a_repo_that_is_not_cached_is_an_error_in_one_line(offline):
-    with pytest.raises(DictionaryError, match="cannot fetch google/unheard-of@main: .*check saes.hub and the network") as caught:
-        fetch_from_hub("google/unheard-of", ["*"])
-    assert "\n" not in str(caught.value)
+def test_an_sae_registered_by_an_earlier_version_says_what_to_do(root):
+    body = {"key": "a.b.12345678", "folder": "somewhere", "hashes": {}}
+    with pytest.raises(DictionaryError, match="registered by an earlier version; register it again"):
+        SaeEntry.from_json(body)
 
 
-@pytest.mark.slow
-def test_the_environment_variable_alone_makes_a_fetch_offline(offline):
-    script = "from scopeatlas.dictionaries.releases import fetch_from_hub as f; print(f('google/gemma-scope-2-toy', ['mlp_out/*'])[0].key)"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(offline / "hub")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("gemma-scope-2-toy.mlp_out.layer_1.")
+def test_a_dictionary_reopened_within_a_run_is_the_same(root):
+    entry = find_saes(root)[0]
+    one, two = open_dictionary(entry).layers[0], reopen_dictionary(entry).layers[0]
+    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
 
 
 def test_entries_of_the_same_files_are_equal(root):

@@ -127,6 +127,13 @@ def test_the_feature_table_counts_what_brute_force_counts(mined, dense, medium):
         assert all(got == expected if expected < 16 else got >= 16 for got, expected in zip(remembered, few, strict=True))
 
 
+def test_the_feature_table_says_where_a_feature_is_and_how_strongly_it_writes(mined):
+    assert set(mined.features["layer"]) == {1} and mined.features["index"].to_list() == list(range(WIDTH))
+    assert (
+        np.allclose(mined.features["decoder_norms"].list.explode(), 1, atol=1e-5) and len(mined.features["decoder_norms"][0]) == 1
+    )
+
+
 def test_some_features_are_read_without_the_rest(mined, windows):
     assert read_examples(mined.examples, [3, 7]).equals(windows.filter(pl.col("feature").is_in([3, 7])))
 

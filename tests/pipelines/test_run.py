@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines.bootstrap import POOLS, PROCESS_LOCK, alive, materialise, register, release_dead_runs, stretches
+from pipelines.bootstrap import POOLS, PROCESS_LOCK, alive, materialise, register, release_dead_runs
 from pipelines.definitions import build_defs
 from scopeatlas import open_atlas
 from scopeatlas.atlas.tables import FEATURES, open_table
@@ -87,21 +87,67 @@ def test_pruned_activations_stay_pruned_and_nothing_is_made_again(finished: Worl
     assert all(line.pruned and line.complete for line in status(Store(root)))
 
 
+def damage(weights: Path) -> None:
+    tensors = load_file(weights)
+    tensors["w_enc"][0, 0] = float("nan")
+    save_file(tensors, weights)
+
+
+def partition_states(world_instance: dg.DagsterInstance, asset: str, keys: list[str]) -> dict[str, str]:
+    """What Dagster shows of each partition: materialised, failed or missing."""
+    materialised = world_instance.get_materialized_partitions(dg.AssetKey(asset))
+    attempts = world_instance.event_log_storage.get_latest_asset_partition_materialization_attempts_without_materializations(
+        dg.AssetKey(asset)
+    )
+    failed = {k for k, (run, _) in attempts.items() if world_instance.get_run_by_id(run).status == dg.DagsterRunStatus.FAILURE}
+    return {key: "materialised" if key in materialised else "failed" if key in failed else "missing" for key in keys}
+
+
 @pytest.mark.slow
-def test_one_damaged_sae_is_named_and_the_others_finish(finished: World, instance: dg.DagsterInstance, tmp_path: Path):
+def test_one_damaged_sae_fails_alone_and_can_be_retried_alone(
+    finished: World, instance: dg.DagsterInstance, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     releases = tmp_path / "releases"
     shutil.copytree(finished.resources["saes"].folders[0], releases)  # type: ignore[attr-defined]
-    bad = sorted(releases.rglob("params.safetensors"))[0]
-    tensors = load_file(bad)
-    tensors["w_enc"][0, 0] = float("nan")
-    save_file(tensors, bad)
+    weights = sorted(releases.rglob("params.safetensors"))[0]
+    sound = weights.read_bytes()
+    damage(weights)
     resources = small_resources(tmp_path / "store", releases)
     keys = register(instance, resources)
-    materialise(instance, resources, keys)
+    assert not materialise(instance, resources, keys)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
     lines = {line.sae: line for line in status(Store(tmp_path / "store"))}
-    broken = [key for key in keys if "NaN" in lines[key].last_error]
-    assert len(broken) == 1
-    assert all(lines[key].complete for key in keys if key not in broken)
+    (broken,) = [key for key in keys if "NaN" in lines[key].last_error]
+    good = [key for key in keys if key != broken]
+    assert all(lines[key].complete for key in good)
+    assert f"1 of 2 SAEs stopped: {broken}: " in error and "the other 1 are finished" in error
+    for asset in PARTITIONED:
+        expected = {key: "failed" if key == broken else "materialised" for key in keys}
+        assert partition_states(instance, asset, keys) == expected, asset
+
+    weights.write_bytes(sound)  # another file, so another SAE under another key
+    mended = [key for key in register(instance, resources) if key not in keys]
+    assert len(mended) == 1 and materialise(instance, resources, mended)
+    assert partition_states(instance, "feature_index", mended) == {mended[0]: "materialised"}
+
+
+@pytest.mark.slow
+def test_an_sae_that_a_stage_stopped_is_retried_alone_under_its_own_key(
+    finished: World, instance: dg.DagsterInstance, tmp_path: Path
+):
+    releases = tmp_path / "releases"
+    shutil.copytree(finished.resources["saes"].folders[0], releases)  # type: ignore[attr-defined]
+    resources = small_resources(tmp_path / "store", releases)
+    keys = register(instance, resources)
+    hidden = sorted(releases.rglob("params.safetensors"))[0]
+    hidden.rename(tmp_path / "elsewhere")
+    assert not materialise(instance, resources, keys)
+    states = partition_states(instance, "feature_index", keys)
+    (broken,) = [key for key, state in states.items() if state == "failed"]
+    (tmp_path / "elsewhere").rename(hidden)
+    assert materialise(instance, resources, [broken])
+    assert set(partition_states(instance, "feature_index", keys).values()) == {"materialised"}
+    assert all(line.complete for line in status(Store(tmp_path / "store")))
 
 
 def test_a_run_of_one_damaged_sae_fails_with_one_line_naming_the_file(
@@ -110,18 +156,11 @@ def test_a_run_of_one_damaged_sae_fails_with_one_line_naming_the_file(
     source = sorted(Path(finished.resources["saes"].folders[0]).rglob("params.safetensors"))[0].parent  # type: ignore[attr-defined]
     folder = tmp_path / "releases" / "r" / "resid_post" / "bad"
     shutil.copytree(source, folder)
-    tensors = load_file(folder / "params.safetensors")
-    tensors["w_enc"][0, 0] = float("nan")
-    save_file(tensors, folder / "params.safetensors")
+    damage(folder / "params.safetensors")
     resources = small_resources(finished.store_root, tmp_path / "releases")
     assert not materialise(instance, resources, register(instance, resources))
     error = capsys.readouterr().err.strip()
     assert "params.safetensors: w_enc holds 1 value(s) that are NaN" in error and "\n" not in error
-
-
-def test_a_stretch_of_neighbouring_keys_is_one_run():
-    assert stretches(["a", "b", "d"], ["a", "b", "c", "d"]) == [("a", "b"), ("d", "d")]
-    assert stretches(["c", "a"], ["a", "b", "c"]) == [("a", "a"), ("c", "c")]
 
 
 def started_run(instance: dg.DagsterInstance, lock: str) -> dg.DagsterRun:

@@ -1,6 +1,5 @@
-"""The sensor on release folders and the nightly retry."""
+"""The release sensor, the runs it asks for, and the nightly retry."""
 
-import json
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,11 +8,14 @@ import dagster as dg
 import pytest
 
 from assets.partitions import SAES_NAME
+from pipelines.runs import RANGE_END, RANGE_START, chunk_requests, stretches
 from pipelines.schedules import retry_incomplete
 from pipelines.sensors import new_saes
-from resources.sae import SaeSourceResource
+from resources.sae import SaeSourceResource, Watch
 from resources.store import StoreResource
 from scopeatlas.storage.store import Store
+from tests.hub_server import HubServer
+from tests.pipelines.conftest import small_resources
 
 
 @pytest.fixture
@@ -23,52 +25,95 @@ def watched(tmp_path: Path, small_releases: Path) -> Path:
     return folder
 
 
-def tick(instance: dg.DagsterInstance, watched: Path, store: Path, cursor: str | None = None):
-    context = dg.build_sensor_context(instance=instance, cursor=cursor)
-    result = new_saes(context, saes=SaeSourceResource(folders=[str(watched)]), store=StoreResource(root=str(store)))
-    return result, result.cursor
+def tick(instance: dg.DagsterInstance, watched: Path, store: Path, **source: object) -> dg.SensorResult:
+    saes = SaeSourceResource(**{"folders": [str(watched)], **source})
+    subject = small_resources(store, watched)["subject"]
+    context = dg.build_sensor_context(instance=instance)
+    return new_saes(context, saes=saes, subject=subject, store=StoreResource(root=str(store)))  # type: ignore[return-value]
+
+
+def add_partitions(instance: dg.DagsterInstance, result: dg.SensorResult) -> list[str]:
+    """What the daemon does with a tick's result before it launches the runs."""
+    keys = [key for request in result.dynamic_partitions_requests for key in request.partition_keys]
+    instance.add_dynamic_partitions(SAES_NAME, keys)
+    return keys
 
 
 def test_the_first_look_only_remembers_what_is_there(instance, watched, tmp_path):
-    result, cursor = tick(instance, watched, tmp_path / "store")
-    assert result.skip_reason and not result.run_requests
-    assert len(json.loads(cursor)) == len(list(watched.rglob("params.safetensors")))
+    result = tick(instance, watched, tmp_path / "store")
+    assert "2 settling" in result.skip_reason.skip_message and not result.run_requests
+    assert Store(tmp_path / "store").registered() == []
 
 
-def test_an_sae_unchanged_over_two_looks_becomes_a_partition_a_run_and_a_registered_sae(instance, watched, tmp_path):
-    _, cursor = tick(instance, watched, tmp_path / "store")
-    result, _ = tick(instance, watched, tmp_path / "store", cursor)
-    keys = {request.partition_key for request in result.run_requests}
-    assert keys == set(result.dynamic_partitions_requests[0].partition_keys) == set(Store(tmp_path / "store").registered())
+def test_saes_unchanged_over_two_looks_become_partitions_and_one_run_over_all_of_them(instance, watched, tmp_path):
+    tick(instance, watched, tmp_path / "store")
+    result = tick(instance, watched, tmp_path / "store")
+    keys = add_partitions(instance, result)
+    (request,) = result.run_requests
+    assert keys == Store(tmp_path / "store").registered() and len(keys) == 2
+    assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (keys[0], keys[-1])
+
+
+def test_a_tick_asks_for_no_more_runs_and_no_larger_ones_than_configured(instance, watched, tmp_path):
+    limits = {"per_run": 1, "runs_per_tick": 1}
+    tick(instance, watched, tmp_path / "store", **limits)
+    asked = []
+    for _ in range(3):
+        result = tick(instance, watched, tmp_path / "store", **limits)
+        asked.append([request.partition_key for request in result.run_requests or []])
+        add_partitions(instance, result) if result.run_requests else None
+    assert [len(keys) for keys in asked] == [1, 1, 0] and asked[0] != asked[1]
+
+
+def test_a_tick_that_died_after_registering_is_made_good_by_the_next(instance, watched, tmp_path):
+    tick(instance, watched, tmp_path / "store")
+    tick(instance, watched, tmp_path / "store")  # its result is never seen
+    assert len(tick(instance, watched, tmp_path / "store").run_requests) == 1
 
 
 def test_a_copy_still_under_way_is_not_seen(instance, watched, tmp_path):
     weights = sorted(watched.rglob("params.safetensors"))[0]
     weights.write_bytes(weights.read_bytes()[:-100])
-    _, cursor = tick(instance, watched, tmp_path / "store")
-    assert not any(weights.parent.name in key for key in json.loads(cursor))
+    assert "1 settling" in tick(instance, watched, tmp_path / "store").skip_reason.skip_message
 
 
 def test_a_known_sae_is_not_run_again(instance, watched, tmp_path):
-    _, cursor = tick(instance, watched, tmp_path / "store")
-    instance.add_dynamic_partitions(SAES_NAME, json.loads(cursor))
-    result, _ = tick(instance, watched, tmp_path / "store", cursor)
+    tick(instance, watched, tmp_path / "store")
+    add_partitions(instance, tick(instance, watched, tmp_path / "store"))
+    result = tick(instance, watched, tmp_path / "store")
     assert result.skip_reason and not result.run_requests
 
 
-def test_an_sae_that_changes_between_looks_waits(instance, watched, tmp_path):
-    _, cursor = tick(instance, watched, tmp_path / "store")
-    for config in watched.rglob("config.json"):
-        config.write_text(config.read_text() + "\n")
-    result, _ = tick(instance, watched, tmp_path / "store", cursor)
-    assert result.skip_reason and not result.run_requests
+def test_a_repo_on_the_hub_is_watched_too_and_what_cannot_be_reached_is_said(instance, watched, tmp_path, monkeypatch):
+    source = {"folders": [], "watch": [Watch(author="google", name="gemma-scope-2-*")], "cache": str(tmp_path / "cache")}
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        release = watched / "cut"
+        hub.commit("google/gemma-scope-2-270m-pt", {p.relative_to(release).as_posix(): p for p in release.rglob("*.*")})
+        tick(instance, watched, tmp_path / "store", **source)
+        result = tick(instance, watched, tmp_path / "store", **source)
+        assert len(add_partitions(instance, result)) == 2 and len(result.run_requests) == 1
+    assert "cannot be reached" in tick(instance, watched, tmp_path / "store", **source).skip_reason.skip_message
 
 
-def test_the_nightly_schedule_retries_what_is_not_published(instance, watched, tmp_path):
-    _, cursor = tick(instance, watched, tmp_path / "store")
-    tick(instance, watched, tmp_path / "store", cursor)
-    keys = json.loads(cursor)
-    instance.add_dynamic_partitions(SAES_NAME, keys)
+def test_the_nightly_schedule_retries_what_is_not_published_in_shared_runs(instance, watched, tmp_path):
+    tick(instance, watched, tmp_path / "store")
+    keys = add_partitions(instance, tick(instance, watched, tmp_path / "store"))
     context = dg.build_schedule_context(instance=instance, scheduled_execution_time=datetime(2026, 11, 21, 2, tzinfo=UTC))
-    requests = retry_incomplete(context, store=StoreResource(root=str(tmp_path / "store")))
-    assert {request.partition_key for request in requests} == set(keys)
+    saes = SaeSourceResource(folders=[str(watched)])
+    (request,) = retry_incomplete(context, store=StoreResource(root=str(tmp_path / "store")), saes=saes)
+    assert (request.tags[RANGE_START], request.tags[RANGE_END]) == (keys[0], keys[-1])
+    assert request.run_key.startswith("2026-11-21:")
+
+
+def test_a_stretch_of_neighbouring_keys_is_one_run_of_bounded_length():
+    assert stretches(["a", "b", "d"], ["a", "b", "c", "d"]) == [("a", "b"), ("d", "d")]
+    assert stretches(["c", "a"], ["a", "b", "c"]) == [("a", "a"), ("c", "c")]
+    assert stretches(list("abcde"), list("abcde"), longest=2) == [("a", "b"), ("c", "d"), ("e", "e")]
+
+
+def test_requests_for_the_same_keys_have_the_same_run_key_unless_the_occasion_differs():
+    one, again = (chunk_requests(["a", "b", "c"], per_run=2) for _ in range(2))
+    assert [r.run_key for r in one] == [r.run_key for r in again] and len({r.run_key for r in one}) == 2
+    assert one[1].partition_key == "c" and one[0].partition_key is None
+    assert chunk_requests(["a"], per_run=2, occasion="monday:")[0].run_key != chunk_requests(["a"], per_run=2)[0].run_key

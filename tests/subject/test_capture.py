@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from scopeatlas.errors import SubjectModelError
-from scopeatlas.subject.capture import batches, capture, editing, run_model
-from scopeatlas.subject.sites import Site, parse_hook_point, resolve_site
+from scopeatlas.subject.capture import batches, capture, counting_passes, editing, run_model
+from scopeatlas.subject.sites import Site, parse_hook_point, resolve
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +140,50 @@ def test_an_edit_that_returns_its_input_changes_no_logit(tokens, subject):
     assert clean.dtype == torch.float32 and clean.shape[:2] == (1, 64)
 
 
+def test_sites_of_every_sort_come_from_one_pass(tokens, subject, hidden_states):
+    texts = (
+        "model.embed_tokens.output",
+        "model.embed_tokens.output.unscaled",
+        "blocks.2.hook_resid_pre",
+        "blocks.2.hook_resid_mid",
+        "blocks.2.attn.hook_z",
+        "model.layers.2.pre_feedforward_layernorm.output",
+        "model.layers.2.pre_feedforward_layernorm.input.rms_norm",
+    )
+    with counting_passes() as count:
+        seen = {str(site): x for site, x in capture(subject.model, tokens, map(parse_hook_point, texts)).items()}
+    assert count.passes == 1 and count.tokens == 40 + 3 * 64
+    assert torch.equal(seen["model.embed_tokens.output"], hidden_states[0])
+    norm = subject.model.model.layers[2].pre_feedforward_layernorm
+    bare = seen["model.layers.2.pre_feedforward_layernorm.input.rms_norm"]
+    torch.testing.assert_close(bare * (1 + norm.weight), seen["model.layers.2.pre_feedforward_layernorm.output"])
+    assert torch.allclose(bare.square().mean(-1), torch.tensor(1.0), atol=1e-3)
+    scale = seen["model.embed_tokens.output"] / seen["model.embed_tokens.output.unscaled"]
+    assert scale.nanmean().item() == pytest.approx(640**0.5, rel=1e-3)
+
+
+def test_passes_are_counted_while_asked_for_and_contexts_nest(tokens, subject):
+    site = Site(0, "", "output")
+    with counting_passes() as outer:
+        capture(subject.model, tokens[:1], [site])
+        with counting_passes() as inner:
+            capture(subject.model, tokens[1:], [site])
+        capture(subject.model, tokens[:1], [site])
+    capture(subject.model, tokens, [site])
+    assert (outer.passes, outer.tokens) == (3, 40 + 3 * 64 + 40)
+    assert (inner.passes, inner.tokens) == (1, 3 * 64)
+
+
 def test_an_unknown_module_is_an_error_that_lists_those_there_are(tokens, subject):
     with pytest.raises(
-        SubjectModelError, match="no site model.layers.1.attn.output: .* has the modules self_attn, .*post_feedforward_layernorm"
+        SubjectModelError, match="no site model.layers.1.attn.output: .* with the modules self_attn, .*post_feedforward_layernorm"
     ):
         capture(subject.model, tokens, [Site(1, "attn", "output")])
 
 
 def test_an_unknown_layer_is_an_error_that_says_how_many_there_are(subject):
     with pytest.raises(SubjectModelError, match="no site model.layers.18.output: .* has layers 0 to 17"):
-        resolve_site(subject.model, parse_hook_point("model.layers.18.output"))
+        resolve(subject.model, parse_hook_point("model.layers.18.output"))
 
 
 def test_batches_cover_every_row_once_and_depend_on_their_number_alone():

@@ -7,6 +7,7 @@ import torch
 
 from scopeatlas.errors import SubjectModelError
 from scopeatlas.subject.loading import SubjectModel
+from tests.tiny_models import D_MODEL, LAYERS, TINY_MODELS, tiny_gemma2, tiny_gemma3_with_vision
 
 
 def test_a_model_is_float32_on_the_cpu_and_ready_to_be_read(subject):
@@ -16,6 +17,42 @@ def test_a_model_is_float32_on_the_cpu_and_ready_to_be_read(subject):
 
 def test_bfloat16_may_be_asked_for(subject):
     assert replace(subject, precision="bfloat16").resolved_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_architecture_loads_from_a_folder_and_knows_its_size(name, tmp_path):
+    made = TINY_MODELS[name](0)
+    made.save_pretrained(tmp_path)
+    subject = SubjectModel(str(tmp_path), device="cpu")
+    assert type(subject.model) is type(made)
+    assert (subject.n_layers, subject.d_model) == (LAYERS, D_MODEL)
+    assert sum(p.sum().item() for p in subject.model.parameters()) == pytest.approx(
+        sum(p.sum().item() for p in made.parameters())
+    )
+
+
+def test_gemma_2_attends_eagerly_so_that_its_scores_are_capped(tmp_path):
+    tiny_gemma2().save_pretrained(tmp_path)
+    assert SubjectModel(str(tmp_path), device="cpu").model.config._attn_implementation == "eager"
+
+
+def test_a_vision_language_model_keeps_its_wrapper_and_gives_its_text_sizes(tmp_path):
+    tiny_gemma3_with_vision().save_pretrained(tmp_path)
+    subject = SubjectModel(str(tmp_path), device="cpu")
+    assert type(subject.model).__name__ == "Gemma3ForConditionalGeneration"
+    assert subject.config.model_type == "gemma3_text"
+
+
+def test_a_model_is_known_by_its_name_and_by_those_it_serves():
+    subject = SubjectModel("package:some_gguf", serves=("google/gemma-3-270m",))
+    assert subject.matches("gemma-3-270m-pt") and subject.matches("google/gemma-3-270m") and subject.matches("")
+    assert not subject.matches("google/gemma-3-270m-it") and not subject.matches("google/gemma-3-1b-pt")
+    assert SubjectModel("google/gemma-2-2b").matches("gemma-2-2b")
+    assert not SubjectModel("google/gemma-2-2b").matches("gemma-2-9b")
+
+
+def test_a_file_that_says_nothing_of_what_it_serves_is_taken_at_its_word():
+    assert SubjectModel("package:some_gguf").matches("google/gemma-3-270m")
 
 
 @pytest.fixture
