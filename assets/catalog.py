@@ -15,6 +15,7 @@ from scopeatlas.atlas.catalog import CATALOG_SCHEMA, read_catalog
     group_name="releases",
     kinds={"huggingface", "lancedb"},
     owners=OWNERS,
+    code_version="1",
     metadata={
         "dagster/table_name": "catalog",
         "dagster/column_schema": dg.TableSchema(

@@ -4,7 +4,7 @@ What belongs here: shapes, finiteness, thresholds, decoder norms, causal zeros, 
 not: what only one format can know (its module), or how well the dictionary reconstructs (`activations/fidelity.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -65,10 +65,13 @@ def _check_shape(name: str, tensor: "torch.Tensor", shape: tuple[int, ...], sour
         raise DictionaryError(f"{source}: {name} has shape {tuple(tensor.shape)}, expected {shape}; download the file again")
 
 
+def _blocks(tensor: "torch.Tensor") -> "Iterator[torch.Tensor]":
+    """Row blocks: a mapped decoder of gigabytes must not be turned into a mask or a copy of as many elements at once."""
+    yield from tensor.split(max(1, BLOCK_BYTES // max(tensor[:1].nbytes, 1)))
+
+
 def _check_finite(tensor: "torch.Tensor", name: str, source: str) -> None:
-    # In blocks: a mapped decoder of gigabytes must not be turned into a mask of as many elements at once.
-    rows = max(1, BLOCK_BYTES // max(tensor[:1].nbytes, 1))
-    bad = sum(int((~block.isfinite()).sum()) for block in tensor.split(rows))
+    bad = sum(int((~block.isfinite()).sum()) for block in _blocks(tensor))
     if bad:
         raise DictionaryError(f"{source}: {name} holds {bad} value(s) that are NaN or infinite; download the file again")
 
@@ -86,13 +89,13 @@ def _check_norms(dictionary: SparseDictionary, layer: LayerWeights, source: str)
 
 
 def _check_causal(dictionary: SparseDictionary, layer: LayerWeights, position: int, source: str) -> None:
-    backwards = float(layer.w_dec[:, :position].abs().max()) if position else 0.0
+    backwards = max(float(block[:, :position].abs().max()) for block in _blocks(layer.w_dec)) if position else 0.0
     if backwards > 0:
         raise DictionaryError(
             f"{source}: w_dec writes to layers before its own (up to {backwards:.3g}); its output index may be relative, or "
             "the shards are out of order"
         )
-    if float(layer.w_dec[:, position].abs().max()) == 0:
+    if not any(bool(block[:, position].any()) for block in _blocks(layer.w_dec)):
         raise DictionaryError(
             f"{source}: w_dec writes nothing to its own layer; its output index may be relative; download it again"
         )

@@ -18,9 +18,9 @@ def test_definitions_load():
     dg.Definitions.validate_loadable(build_defs())
 
 
-def test_the_chain_is_six_assets_each_depending_on_the_one_before():
+def test_there_are_the_catalog_and_a_chain_of_six_assets_each_depending_on_the_one_before():
     found = specs()
-    assert set(found) == set(ASSETS)
+    assert set(found) == {*ASSETS, "sae_catalog"}
     for before, after in zip(ASSETS[:-1], ASSETS[1:], strict=True):
         assert before in {dep.asset_key.to_user_string() for dep in found[after].deps}
 
@@ -40,14 +40,15 @@ def test_every_asset_but_the_corpus_is_partitioned_by_sae_with_one_backfill_poli
         node = graph.get(dg.AssetKey(name))
         assert node.partitions_def is not None and node.partitions_def.name == "saes"
         policies.add(node.backfill_policy)
-    assert policies == {dg.BackfillPolicy.multi_run(max_partitions_per_run=8)}
-    assert graph.get(dg.AssetKey("corpus_sample")).partitions_def is None
+    assert policies == {dg.BackfillPolicy.multi_run(max_partitions_per_run=16)}
+    assert all(graph.get(dg.AssetKey(name)).partitions_def is None for name in ("corpus_sample", "sae_catalog"))
 
 
 def test_what_costs_money_or_time_by_itself_is_off_by_default():
     definitions = build_defs()
     assert definitions.resolve_sensor_def("new_saes").default_status == dg.DefaultSensorStatus.STOPPED
-    assert definitions.resolve_schedule_def("retry_incomplete").default_status == dg.DefaultScheduleStatus.STOPPED
+    for name in ("retry_incomplete", "refresh_catalog_hourly"):
+        assert definitions.resolve_schedule_def(name).default_status == dg.DefaultScheduleStatus.STOPPED
 
 
 def test_importing_the_definitions_loads_no_heavy_package():
