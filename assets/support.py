@@ -129,7 +129,7 @@ def _only_the_done(context: dg.AssetExecutionContext, done: Mapping[str, Outcome
 def _is_last(context: dg.AssetExecutionContext, stage: str) -> bool:
     """Whether no later stage is part of the run; every job of ours ends with the last one."""
     selection = context.run.asset_selection
-    selected = CHAIN if selection is None else [s for s in CHAIN if dg.AssetKey(s) in selection]
+    selected = [s for s in CHAIN if dg.AssetKey(s) in selection] if selection else CHAIN
     return selected[-1] == stage
 
 

@@ -84,7 +84,7 @@ def cache_activations(
     store.require_writable()
     pending, reused = _pending(store, corpus, entries, subject, unneeded)
     needed = {key for wanted in pending.values() for key in wanted}
-    opened, failed = _check_all(store, [e for e in entries if e.key in needed], subject)
+    opened, failed = _check_all(store, [e for e in entries if e.key in needed], subject, log)
     plan = _plan(store, corpus, pending, opened, subject, memory_bytes)
     for sae, reason in plan.refused.items():
         failed[sae] = reason
@@ -126,7 +126,7 @@ def _pending(
 Opened = dict[str, tuple[SaeEntry, Footprint]]
 
 
-def _check_all(store: Store, entries: Sequence[SaeEntry], subject: SubjectModel) -> tuple[Opened, dict[str, str]]:
+def _check_all(store: Store, entries: Sequence[SaeEntry], subject: SubjectModel, log: Log) -> tuple[Opened, dict[str, str]]:
     """Open every dictionary that the pass needs, one after the other; those that cannot serve are named with the reason."""
     opened: Opened = {}
     failed: dict[str, str] = {}
@@ -135,6 +135,8 @@ def _check_all(store: Store, entries: Sequence[SaeEntry], subject: SubjectModel)
             dictionary = open_dictionary(entry)
             _try_sites(dictionary, entry, subject)
             opened[entry.key] = entry, footprint_of(dictionary)
+            for note in dictionary.notes:
+                log(f"activation cache: {entry.key}: {note}")
         except ScopeAtlasError as error:
             failed[entry.key] = str(error)
         store.record_error(entry.key, "activation_cache", failed.get(entry.key))
