@@ -1,6 +1,7 @@
 """The real parts that tests share: Gemma 3 270M, a few Wikipedia articles, and small SAEs made for its second layer."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from scopeatlas.storage.store import Store
 from scopeatlas.subject.capture import capture
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import parse_hook_point
+from tests.hub_server import HubServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESIDUAL = "model.layers.1.output"
@@ -132,6 +134,14 @@ def medium(medium_corpus, two_saes, subject) -> Stored:
     """One SAE cached over the medium corpus. Copy the store before changing it."""
     cache_activations(medium_corpus.store, medium_corpus.corpus, two_saes[:1], subject)
     return replace(medium_corpus, entries=two_saes[:1])
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[HubServer]:
+    """An empty Hub on this machine, which huggingface_hub is pointed at."""
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
 
 
 @pytest.fixture

@@ -21,13 +21,6 @@ RULES = [WatchRule("google", "gemma-scope-2-*", paths=("resid_post/*",))]
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-
-
-@pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store")
 

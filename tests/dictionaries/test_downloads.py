@@ -19,13 +19,6 @@ WEIGHTS, CONFIG = f"{SAE}/params.safetensors", f"{SAE}/config.json"
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-
-
-@pytest.fixture
 def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 

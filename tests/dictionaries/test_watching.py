@@ -8,19 +8,12 @@ import pytest
 
 from scopeatlas.dictionaries.watching import PollResult, WatchRule, poll
 from scopeatlas.errors import ConfigError
-from tests.hub_server import HubServer, sae_files
+from tests.hub_server import sae_files
 
 REPO = "google/gemma-scope-2-270m-pt"
 RULE = WatchRule("google", "gemma-scope-2-*")
 RESIDUAL, OTHER = "resid_post/layer_12_width_16k_l0_medium", "attn_out_all/layer_3_width_262k_l0_small"
 CLT = "clt/width_262k_l0_medium"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 @pytest.fixture
