@@ -66,7 +66,10 @@ def activation_cache(
         )
         sound = [e for e in present if e.key not in result.failed]
         measured = measure_fidelity(run.store, run.corpus, sound, run.subject, log=log)
-    stopped = missing | result.failed | measured.failed
+    for reasons, stage in ((missing, "activation_cache"), (measured.failed, "fidelity")):
+        for key, reason in reasons.items():
+            run.store.record_error(key, stage, reason)
+    stopped = run.blocked | missing | result.failed | measured.failed
     for key, fidelity in measured.found.items():
         reason = fidelity.blocks()
         run.store.record_error(key, "fidelity", reason)
@@ -82,7 +85,7 @@ def activation_cache(
             metadata["forward_passes_of_the_run"] = dg.MetadataValue.int(result.forward_passes)
         return metadata, generation(cache.activation_keys(run.corpus, entry, run.subject)), result.reused
 
-    yield from each_sae(context, replace(run, blocked=stopped), describe, checks=[_check(stopped, len(run.entries))])
+    yield from each_sae(context, replace(run, blocked=stopped), describe, checks=[_check(stopped, len(context.partition_keys))])
 
 
 def _is_scored(run: SaeRun, entry: SaeEntry, labelling: LabellingResource) -> bool:

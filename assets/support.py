@@ -14,7 +14,7 @@ from resources.store import StoreResource
 from resources.subject import SubjectResource
 from scopeatlas.corpus.build import Corpus, open_corpus
 from scopeatlas.dictionaries.releases import SaeEntry
-from scopeatlas.errors import ScopeAtlasError
+from scopeatlas.errors import ScopeAtlasError, said
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
@@ -68,10 +68,16 @@ class SaeRun:
 def open_run(context: dg.AssetExecutionContext, store: StoreResource, corpus: CorpusResource, subject: SubjectResource) -> SaeRun:
     """The run's SAEs in the order of its partition keys, the corpus they share, and which an earlier stage stopped."""
     opened, model = store.open(), subject.open()
-    entries = [SaeEntry.from_json(opened.entry(key)) for key in context.partition_keys]
+    entries: list[SaeEntry] = []
+    blocked: dict[str, str] = {}
     earlier = CHAIN[: CHAIN.index(context.asset_key.to_user_string())]
-    errors = {entry.key: [text for stage, text in opened.errors(entry.key).items() if stage in earlier] for entry in entries}
-    blocked = {key: "; ".join(texts) for key, texts in errors.items() if texts}
+    for key in context.partition_keys:
+        try:
+            entries.append(SaeEntry.from_json(opened.entry(key)))
+        except ScopeAtlasError as error:  # a partition of another store, or of an earlier version
+            blocked[key] = str(error)
+        if errors := [text for stage, text in opened.errors(key).items() if stage in earlier]:
+            blocked[key] = "; ".join(errors)
     return SaeRun(opened, open_corpus(opened, corpus.settings().corpus_id(model)), model, entries, blocked)
 
 
@@ -93,7 +99,7 @@ def each_sae(
         try:
             done[entry.key] = work(entry)
         except Exception as error:  # whatever it is, it is about this SAE alone
-            stopped[entry.key] = str(error) if isinstance(error, ScopeAtlasError) else f"{type(error).__name__}: {error}"
+            stopped[entry.key] = said(error)
             if not isinstance(error, ScopeAtlasError):
                 context.log.exception(f"{stage}: {entry.key}")
         run.store.record_error(entry.key, stage, stopped.get(entry.key))
@@ -105,7 +111,9 @@ def each_sae(
         yield from _only_the_done(context, done)
         if not done or _is_last(context, stage):
             yield from checks
-            raise _failure(stopped, len(run.entries))
+            raise _failure(stopped, len(context.partition_keys))
+    else:
+        context.run.tags.pop(_SAY_MATERIALISATIONS, None)  # pyright: ignore[reportAttributeAccessIssue]  # of an earlier step
     for key, (metadata, _, reused) in done.items():
         context.add_asset_metadata({**metadata, "reused": dg.MetadataValue.bool(reused)}, partition_key=key)
     # A run of several partitions has one data version to give in its result, so it gives none rather than a wrong one.

@@ -93,9 +93,9 @@ def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) 
 def _run(definitions: dg.Definitions, instance: dg.DagsterInstance, keys: list[str], lock: str) -> bool:
     job = definitions.resolve_job_def("index_release")
     succeeded = True
-    for first, last in stretches(keys, list(instance.get_dynamic_partitions(SAES_NAME))):
+    for chunk in stretches(keys, list(instance.get_dynamic_partitions(SAES_NAME))):
         config = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
-        tags = {RANGE_START: first, RANGE_END: last, PROCESS_LOCK: lock}
+        tags = {RANGE_START: chunk[0], RANGE_END: chunk[-1], PROCESS_LOCK: lock}
         result = job.execute_in_process(run_config=config, instance=instance, tags=tags, raise_on_error=False)
         for event in result.all_events:
             if event.event_type == dg.DagsterEventType.STEP_FAILURE:

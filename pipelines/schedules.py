@@ -4,7 +4,7 @@ import dagster as dg
 
 from assets.partitions import SAES_NAME
 from pipelines.jobs import index_release, refresh_catalog
-from pipelines.runs import chunk_requests
+from pipelines.runs import busy_keys, chunk_requests
 from resources.sae import SaeSourceResource
 from resources.store import StoreResource
 from scopeatlas.upkeep import status
@@ -24,11 +24,18 @@ def retry_incomplete(
     context: dg.ScheduleEvaluationContext, store: StoreResource, saes: SaeSourceResource
 ) -> list[dg.RunRequest] | dg.SkipReason:
     order = list(context.instance.get_dynamic_partitions(SAES_NAME))
-    incomplete = sorted({line.sae for line in status(store.open()) if line.sae in set(order) and not line.complete})
+    busy = busy_keys(context.instance, order)
+    # An SAE has a line for each corpus it was ever run on; one that is complete will do.
+    complete = {line.sae for line in status(store.open()) if line.complete}
+    registered = set(store.open().registered())
+    incomplete = [key for key in order if key in registered and key not in complete and key not in busy]
     if not incomplete:
-        return dg.SkipReason("every SAE is published")
-    day = context.scheduled_execution_time.strftime("%Y-%m-%d")
-    return chunk_requests(incomplete[:MAX_RETRIED], per_run=saes.per_run, all_keys=order, occasion=f"{day}:")
+        return dg.SkipReason("every SAE is published, or in a run now")
+    # Another part of them every night, so that some which fail again and again do not keep the others from their turn.
+    day = context.scheduled_execution_time
+    first = day.toordinal() * MAX_RETRIED % len(incomplete)
+    tonight = (incomplete[first:] + incomplete[:first])[:MAX_RETRIED]
+    return chunk_requests(tonight, order, per_run=saes.per_run, occasion=f"{day:%Y-%m-%d}:")
 
 
 refresh_catalog_hourly = dg.ScheduleDefinition(

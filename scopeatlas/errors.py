@@ -42,3 +42,9 @@ class ExplainerError(ScopeAtlasError):
 
 class AtlasError(ScopeAtlasError):
     """The atlas is missing, or holds no such feature."""
+
+
+def said(error: Exception) -> str:
+    """An error as one line for people: ours say what to do, any other is named by its type."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return str(error) if isinstance(error, ScopeAtlasError) else f"{type(error).__name__}: {first}"

@@ -1,5 +1,6 @@
 """Looking at folders and at a Hub, the catalog as a queue, registration and download, one after the other."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,3 +167,101 @@ def test_a_look_that_dies_before_its_state_is_written_loses_nothing(store, hub, 
         with pytest.raises(KeyboardInterrupt):
             discovery.look(store, [], RULES, subject=ours)
     assert discovery.look(store, [], RULES, subject=ours).states == {"ready": 1}
+
+
+def push(hub: HubServer, folder: Path, repo: str = REPO) -> None:
+    hub.commit(repo, files_of(folder))
+
+
+def test_a_newer_version_of_a_registered_sae_waits_its_turn_and_the_older_one_stays(
+    store, hub, release, ours, residual, tmp_path
+):
+    folder = release / "gemma-scope-2-270m-pt"
+    push(hub, folder)
+    for _ in range(2):
+        discovery.look(store, [], RULES, subject=ours)
+    (older,), _ = discovery.register_ready(store, [], limit=9, cache=tmp_path / "cache")
+    write_sae(folder / ONE, sae_tensors(residual, seed=9), **at_layer(5))
+    push(hub, folder)
+    for _ in range(2):
+        discovery.look(store, [], RULES, subject=ours)
+        discovery.refresh_states(store)
+    assert states(store) == {ONE: "ready"}
+    (newer,), _ = discovery.register_ready(store, [], limit=9, cache=tmp_path / "cache")
+    discovery.refresh_states(store)
+    assert store.registered() == sorted([older.key, newer.key]) and newer.key != older.key
+
+
+def test_two_versions_that_the_catalog_has_never_seen_do_not_stop_it(store, release, residual):
+    folder = release / "gemma-scope-2-270m-pt" / ONE
+    for seed in (0, 1):
+        write_sae(folder, sae_tensors(residual, seed=seed), **at_layer(5))
+        entry = describe_sae(folder, release="gemma-scope-2-270m-pt", path=ONE)
+        store.register(entry.key, entry.as_json())
+    assert discovery.refresh_states(store) == 1 and states(store) == {ONE: "registered"}
+
+
+def test_a_repo_that_cannot_be_read_does_not_stand_in_the_way_of_the_next(store, hub, release, ours, tmp_path):
+    push(hub, release / "gemma-scope-2-270m-pt", "google/gemma-scope-2-270m-aaa")
+    push(hub, release / "gemma-scope-2-270m-pt")
+    for _ in range(2):
+        discovery.look(store, [], RULES, subject=ours)
+    hub.gated.add("google/gemma-scope-2-270m-aaa")
+    entries, failed = discovery.register_ready(store, [], limit=1, cache=tmp_path / "cache")
+    assert [entry.repo for entry in entries] == [REPO] and failed.keys() == {"google/gemma-scope-2-270m-aaa"}
+
+
+def test_what_is_registered_and_not_yet_fetched_counts_against_the_quota(store, hub, residual, ours, tmp_path):
+    for layer in (5, 9, 12):
+        path = f"resid_post/layer_{layer}_width_16k_l0_medium"
+        write_sae(tmp_path / "more" / path, sae_tensors(residual, seed=layer), **at_layer(layer))
+    push(hub, tmp_path / "more")
+    for _ in range(2):
+        discovery.look(store, [], RULES, subject=ours)
+    size = read_catalog(store.root)["bytes"].max()
+    limits = {"limit": 9, "cache": tmp_path / "cache", "quota_bytes": int(1.9 * size)}
+    assert [len(discovery.register_ready(store, [], **limits)[0]) for _ in range(2)] == [1, 0]
+    assert sorted(states(store).values()) == ["deferred_by_quota", "deferred_by_quota", "registered"]
+
+
+def test_a_scenario_of_another_model_on_the_same_store_takes_nothing_away(store, hub, release, ours, subject, tmp_path):
+    push(hub, release / "gemma-scope-2-270m-pt")
+    other = replace(subject, serves=("google/gemma-3-1b-pt",))
+    for scenario in (other, ours, other, ours):
+        discovery.look(store, [], RULES, subject=scenario)
+    (entry,), _ = discovery.register_ready(store, [], limit=9, cache=tmp_path / "cache")
+    assert discovery.registered_for(store, ours) == [entry.key] and discovery.registered_for(store, other) == []
+
+
+def test_an_atlas_that_was_lost_is_filled_again(store, hub, release, ours):
+    push(hub, release / "gemma-scope-2-270m-pt")
+    for _ in range(3):
+        discovery.look(store, [], RULES, subject=ours)
+    shutil.rmtree(store.root / "atlas")
+    for _ in range(2):
+        discovery.look(store, [], RULES, subject=ours)
+    assert states(store) == {ONE: "ready"}
+
+
+def test_of_two_repos_with_one_name_the_first_keeps_it_and_the_other_is_named(store, hub, release, ours):
+    rules = [*RULES, WatchRule("alice", "gemma-scope-2-*")]
+    push(hub, release / "gemma-scope-2-270m-pt")
+    discovery.look(store, [], rules, subject=ours)
+    push(hub, release / "gemma-scope-2-270m-pt", "alice/gemma-scope-2-270m-pt")
+    found = discovery.look(store, [], rules, subject=ours)
+    assert "has the name and paths of google/gemma-scope-2-270m-pt" in found.errors["alice/gemma-scope-2-270m-pt"]
+    assert read_catalog(store.root)["repo"].to_list() == [REPO]
+
+
+def test_a_folder_that_is_gone_does_not_keep_the_hub_from_being_looked_at(store, hub, release, ours, tmp_path):
+    push(hub, release / "gemma-scope-2-270m-pt")
+    found = discovery.look(store, [tmp_path / "unmounted"], RULES, subject=ours)
+    assert found.states == {"settling": 1} and "is not a folder" in found.errors[str(tmp_path / "unmounted")]
+
+
+def test_an_sae_that_left_its_folder_while_it_waited_leaves_the_queue(store, release, ours):
+    for _ in range(2):
+        discovery.look(store, [release], [], subject=ours)
+    shutil.rmtree(release / "gemma-scope-2-270m-pt")
+    assert discovery.register_ready(store, [release], limit=9) == ([], {})
+    assert states(store)[ONE] == "retired"

@@ -14,6 +14,7 @@ import numpy as np
 from scopeatlas.activations.cache import text_mask
 from scopeatlas.corpus.contexts import Contexts
 from scopeatlas.dictionaries.sparse import InputNorm, LayerWeights, LazyLayers, SparseDictionary
+from scopeatlas.errors import DictionaryError
 from scopeatlas.subject.capture import batches, capture
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import Site, canonical_site, site_variants
@@ -133,12 +134,21 @@ class _Probe:
             return self.at(site) if keep is None else self.at(site)[keep.to(self.subject.resolved_device)]
 
         x = [kept(site) for site in dictionary.sites_in]
-        acts = dictionary.encode(x)
+        try:
+            acts = dictionary.encode(x, max_l0=dictionary.plausible_l0)
+        except DictionaryError:  # so many fire that there is nothing to compare
+            return Fit(name, float("inf"), float("inf"), float("inf"), other_tokens=keep is not None)
         y = torch.stack([kept(site) for site in dictionary.sites_out], dim=1)
         error = float((y - dictionary.decode(acts, x).view(y.shape)).double().square().sum())
         variance = float((y - y.mean(0)).double().square().sum())
         tokens = max(len(y), 1)
-        return Fit(name, error / variance, len(acts.token) / tokens, error / tokens, other_tokens=keep is not None)
+        return Fit(
+            name,
+            error / variance if variance > 0 else float("inf"),
+            len(acts.token) / tokens,
+            error / tokens,
+            other_tokens=keep is not None,
+        )
 
 
 def _readings(dictionary: SparseDictionary, subject: SubjectModel) -> Iterator[tuple[str, SparseDictionary]]:

@@ -5,7 +5,8 @@ What belongs here: the shared pass and its resumption. What does not: the shard 
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary, reopen_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.dictionaries.validation import check_fits
-from scopeatlas.errors import DictionaryError, ScopeAtlasError
+from scopeatlas.errors import DictionaryError, said
 from scopeatlas.runner.local import LocalRunner, Log, Progress, silent
 from scopeatlas.storage.files import atomic_path, content_hash
 from scopeatlas.storage.records import ShardKey, StageFolder
@@ -40,7 +41,8 @@ BATCH_CONTEXTS = 16
 class CacheResult:
     """What one run of the cache did. failed: sae key -> why it was left out. reused: nothing had to be done.
 
-    forward_passes: batches that the subject model was run on, however many SAEs shared each.
+    forward_passes: batches of the corpus that the subject model was run on, however many SAEs shared each; what tries the
+    sites beforehand, on two tokens for each SAE, is not among them.
     """
 
     shards_done: int
@@ -137,8 +139,8 @@ def _check_all(store: Store, entries: Sequence[SaeEntry], subject: SubjectModel,
             opened[entry.key] = entry, footprint_of(dictionary)
             for note in dictionary.notes:
                 log(f"activation cache: {entry.key}: {note}")
-        except ScopeAtlasError as error:
-            failed[entry.key] = str(error)
+        except Exception as error:  # whatever it is, it is about this SAE alone
+            failed[entry.key] = said(error)
         store.record_error(entry.key, "activation_cache", failed.get(entry.key))
     return opened, failed
 
@@ -170,6 +172,7 @@ def _plan(
         {sae: footprint for sae, (_, footprint) in opened.items()},
         tokens=tokens,
         batch_tokens=BATCH_CONTEXTS * length,
+        shard_tokens=max((len(corpus.contexts(shard)) * length for shard in pending), default=0),
         device=str(subject.resolved_device),
         available=free_memory(subject.resolved_device) if memory_bytes is None else memory_bytes,
         store=store.root,
@@ -208,12 +211,14 @@ class _Pass:
 
     def run(self, runner: LocalRunner, progress: Progress) -> int:
         """Encode every job; returns how many shards were committed."""
-        device = self.subject.resolved_device
-        dictionaries = {sae: reopen_dictionary(entry).to(device) for sae, entry in self.entries.items()}
+        dictionaries: dict[str, SparseDictionary] = {}
+        for sae, entry in self.entries.items():
+            with self._alone(sae):
+                dictionaries[sae] = reopen_dictionary(entry).to(self.subject.resolved_device)
 
         def encode(job: tuple[Contexts, dict[str, ShardKey]]) -> int:
             contexts, wanted = job
-            sound = {sae: dictionaries[sae] for sae in wanted if sae not in self.failed}
+            sound = {sae: dictionaries[sae] for sae in wanted if sae in dictionaries and sae not in self.failed}
             return self._encode_shard(contexts, sound, wanted, progress) if sound else 0
 
         return sum(runner.map(encode, self.jobs))
@@ -229,17 +234,17 @@ class _Pass:
         import torch
 
         started = time.monotonic()
-        accumulators = {sae: _ShardAccumulator(dictionary, contexts) for sae, dictionary in dictionaries.items()}
+        accumulators: dict[str, _ShardAccumulator] = {}
+        for sae, dictionary in dictionaries.items():
+            with self._alone(sae):
+                accumulators[sae] = _ShardAccumulator(dictionary, contexts)
         sites = {site for dictionary in dictionaries.values() for site in dictionary.sites}
         for rows in batches(contexts.tokens, BATCH_CONTEXTS):
             flat, positions = self._activations(contexts, rows, sites)
-            for sae, accumulator in list(accumulators.items()):
-                try:
+            for sae, accumulator in accumulators.items():
+                with self._alone(sae):
                     accumulator.add(flat, positions)
-                except ScopeAtlasError as error:  # a value that does not fit: this SAE's fault alone
-                    self.failed[sae] = str(error)
-                    self.store.record_error(sae, "activation_cache", str(error))
-                    del accumulators[sae]
+            accumulators = {sae: a for sae, a in accumulators.items() if sae not in self.failed}
             progress.advance(int((contexts.tokens[rows] >= 0).sum()))
         facts: dict[str, object] = {
             "dtype": str(self.subject.resolved_dtype),
@@ -250,6 +255,15 @@ class _Pass:
         for sae, accumulator in accumulators.items():
             accumulator.write(self.stages[sae], keys[sae], facts)
         return len(accumulators)
+
+    @contextmanager
+    def _alone(self, sae: str) -> Iterator[None]:
+        """Whatever goes wrong inside is about this SAE alone: it is named, remembered and left out of what follows."""
+        try:
+            yield
+        except Exception as error:
+            self.failed[sae] = said(error)
+            self.store.record_error(sae, "activation_cache", said(error))
 
     def _activations(
         self, contexts: Contexts, rows: slice, sites: "Collection[Site]"
@@ -285,8 +299,8 @@ class _ShardAccumulator:
     def add(self, flat: "Mapping[Site, torch.Tensor]", positions: np.ndarray) -> None:
         """flat: unmasked activations [tokens, d] at every site; positions: their places in the shard."""
         x = [flat[site] for site in self.dictionary.sites_in]
-        acts = self.dictionary.encode(x)
-        y_tod = self.dictionary.decode(acts, x).view(len(positions), len(self.dictionary.sites_out), -1)
+        acts = self.dictionary.encode(x, max_l0=self.dictionary.plausible_l0)
+        y_tod = self.dictionary.decode(acts, x).view(len(positions), len(self.dictionary.sites_out), self.dictionary.d_out)
         token = acts.token.cpu().numpy()
         split = self.contexts.splits[positions // self.contexts.tokens.shape[1]]
         present = [(index, split == index) for index in np.unique(split)]
@@ -301,12 +315,12 @@ class _ShardAccumulator:
                 self.moments["sum_y"][index, output] += targets[mine].sum(axis=0)
                 self.moments["sum_y2"][index, output] += np.square(targets[mine]).sum()
                 self.moments["sum_error2"][index, output] += error2[mine].sum()
-        # Evidence is of features that fire; what a signed dictionary makes negative counts in the moments alone.
-        fires = acts.value.cpu().numpy() > 0
-        rounded = round_values(acts.value.cpu().numpy()[fires], self.scale)
-        self.columns.append(
-            (acts.feature.cpu().numpy()[fires].astype(np.uint32), positions[token[fires]].astype(np.uint32), rounded)
-        )
+        # Evidence is of features that fire: what a signed dictionary makes negative, and what 16 bits round to nothing,
+        # counts in the moments alone.
+        rounded = round_values(acts.value.cpu().numpy(), self.scale)
+        fires = rounded > 0
+        feature = acts.feature.cpu().numpy()[fires].astype(np.uint32)
+        self.columns.append((feature, positions[token[fires]].astype(np.uint32), rounded[fires]))
 
     def write(self, stage: StageFolder, key: ShardKey, facts: dict[str, object]) -> None:
         feature, token, rounded = (np.concatenate(column) for column in zip(*self.columns, strict=True))
@@ -318,5 +332,9 @@ class _ShardAccumulator:
 
 
 def text_mask(contexts: Contexts, subject: SubjectModel) -> np.ndarray:
-    """Which positions [n, length] count in statistics: not padding, BOS, another special token or a chat template's."""
-    return contexts.counted(subject.tokenizer.all_special_ids)
+    """Which positions [n, length] count in statistics: not padding, BOS (where a model has none, the first token), another
+    special token or a chat template's."""
+    counted = contexts.counted(subject.tokenizer.all_special_ids)
+    if subject.tokenizer.bos_token_id is None:
+        counted[:, 0] = False  # what BOS is elsewhere: the first token's norm is an outlier that no SAE was trained on
+    return counted

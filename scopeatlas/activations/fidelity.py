@@ -17,10 +17,11 @@ from scopeatlas.activations.splicing import ABLATION_TOKENS, SPLICE_TOKENS, Spli
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
-from scopeatlas.errors import ScopeAtlasError
+from scopeatlas.errors import said
 from scopeatlas.runner.local import Log, silent
 from scopeatlas.storage.files import content_hash, read_json, write_json
 from scopeatlas.storage.store import Store
+from scopeatlas.subject.capture import counting_passes
 from scopeatlas.subject.loading import SubjectModel
 
 STAGE_VERSION = 3
@@ -134,14 +135,15 @@ def measure_fidelity(
     found: dict[str, Fidelity] = {}
     failed: dict[str, str] = {}
     splices = Splices(corpus, subject, log)
-    for entry in entries:
-        try:
-            found[entry.key] = _fidelity(store, corpus, entry, subject, splices)
-        except ScopeAtlasError as error:
-            failed[entry.key] = str(error)
-    if splices.forward_passes:
-        log(f"fidelity: {splices.forward_passes:,} forward passes of its own, clean, spliced and ablated")
-    return FidelityResult(found, failed, splices.forward_passes)
+    with counting_passes() as made:
+        for entry in entries:
+            try:
+                found[entry.key] = _fidelity(store, corpus, entry, subject, splices)
+            except Exception as error:  # whatever it is, it is about this SAE alone
+                failed[entry.key] = said(error)
+    if made.passes:
+        log(f"fidelity: {made.passes:,} forward passes of its own: clean, spliced, ablated, and for other readings")
+    return FidelityResult(found, failed, made.passes)
 
 
 def _fidelity(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, splices: Splices) -> Fidelity:

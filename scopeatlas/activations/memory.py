@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT = 4
+BYTES_HELD = 10
+"""In memory, for each non-zero of the shard under way: feature, token, value."""
+BYTES_WRITTEN = 40
+"""The same while a shard is sorted and written, one SAE after the other."""
 BYTES_PER_NONZERO = 4
 """On disk, of a shard: 2.9 to 3.0 on the demo release, more where fewer activations lie close together."""
 USUAL_L0 = 100.0
@@ -72,7 +76,7 @@ def footprint_of(dictionary: SparseDictionary) -> Footprint:
 class PassPlan:
     """Which SAEs share a pass of the subject model. refused: sae key -> why it cannot be run here, with the number.
 
-    footprints, disk: of every SAE asked for. batch: bytes of the batch in each chunk.
+    footprints, disk: of every SAE asked for. batch, held: bytes of a batch and of a shard's non-zeros, by chunk.
     """
 
     chunks: list[list[str]]
@@ -80,6 +84,7 @@ class PassPlan:
     footprints: Mapping[str, Footprint]
     disk: Mapping[str, int]
     batch: list[int]
+    held: list[int]
     batch_tokens: int
     available: int
     device: str
@@ -91,10 +96,13 @@ class PassPlan:
             f"memory plan: {count} SAEs in {len(self.chunks)} pass{'es' if len(self.chunks) != 1 else ''} of the subject model, "
             f"{human_bytes(self.available)} available on {self.device}, batches of {self.batch_tokens:,} tokens"
         )
-        for number, (chunk, batch) in enumerate(zip(self.chunks, self.batch, strict=True), start=1):
+        for number, (chunk, batch, held) in enumerate(zip(self.chunks, self.batch, self.held, strict=True), start=1):
             weights = sum(self.footprints[sae].resident for sae in chunk)
             disk = sum(self.disk[sae] for sae in chunk)
-            yield f"memory plan: pass {number}: weights {human_bytes(weights)}, batch {human_bytes(batch)}, activations on disk about {human_bytes(disk)}"
+            yield (
+                f"memory plan: pass {number}: weights {human_bytes(weights)}, batch {human_bytes(batch)}, "
+                f"a shard's non-zeros in main memory about {human_bytes(held)}, activations on disk about {human_bytes(disk)}"
+            )
             for sae in chunk:
                 f = self.footprints[sae]
                 streamed = f" of {human_bytes(f.stored)}, streamed by layer" if f.streamed else ""
@@ -108,24 +116,32 @@ def plan_pass(
     *,
     tokens: Mapping[str, int],
     batch_tokens: int,
+    shard_tokens: int,
     device: str,
     available: int,
     store: Path,
 ) -> PassPlan:
     """Group SAEs, in order, into chunks that fit into memory together; refuse those that do not fit alone or on disk.
 
-    tokens: of each SAE, still to be encoded. available: bytes on `device` for weights and batch besides the subject
-    model; `free_memory` says what is free now.
+    tokens: of each SAE, still to be encoded. shard_tokens: of the largest shard, whose non-zeros are held in main memory
+    until it is written. available: bytes on `device` for weights and batch besides the subject model; `free_memory` says
+    what is free now. On a CPU the non-zeros count against it too.
     """
+
+    def needs(together: list[Footprint]) -> int:
+        on_host = held_bytes(together, shard_tokens) if device == "cpu" else 0
+        return sum(f.resident for f in together) + batch_bytes(together, batch_tokens) + on_host
+
     disk = {sae: int(tokens[sae] * f.l0 * BYTES_PER_NONZERO) for sae, f in footprints.items()}
     room = int(shutil.disk_usage(_existing(store)).free * SHARE_OF_FREE)
     chunks: list[list[str]] = []
     refused: dict[str, str] = {}
     for sae, footprint in footprints.items():
-        alone = footprint.resident + batch_bytes([footprint], batch_tokens)
+        alone, held = needs([footprint]), held_bytes([footprint], shard_tokens)
         if alone > available:
             refused[sae] = (
-                f"needs {human_bytes(alone)} of memory (weights {human_bytes(footprint.resident)}, batch {human_bytes(alone - footprint.resident)}), "
+                f"needs {human_bytes(alone)} of memory (weights {human_bytes(footprint.resident)}, "
+                f"batch {human_bytes(batch_bytes([footprint], batch_tokens))}, a shard's non-zeros {human_bytes(held)}), "
                 f"and {human_bytes(available)} are available: run it on a larger device, or raise subject.memory_gb"
             )
         elif disk[sae] > room:
@@ -135,16 +151,19 @@ def plan_pass(
         else:
             room -= disk[sae]
             together = [footprints[other] for other in chunks[-1]] + [footprint] if chunks else []
-            if together and _needs(together, batch_tokens) <= available:
+            if together and needs(together) <= available:
                 chunks[-1].append(sae)
             else:
                 chunks.append([sae])
     batch = [batch_bytes([footprints[sae] for sae in chunk], batch_tokens) for chunk in chunks]
-    return PassPlan(chunks, refused, footprints, disk, batch, batch_tokens, available, device)
+    held = [held_bytes([footprints[sae] for sae in chunk], shard_tokens) for chunk in chunks]
+    return PassPlan(chunks, refused, footprints, disk, batch, held, batch_tokens, available, device)
 
 
-def _needs(together: list[Footprint], batch_tokens: int) -> int:
-    return sum(f.resident for f in together) + batch_bytes(together, batch_tokens)
+def held_bytes(together: Iterable[Footprint], shard_tokens: int) -> int:
+    """Bytes of main memory for the non-zeros of a shard: of every SAE while they gather, once more of the one written."""
+    nonzeros = [f.l0 * shard_tokens for f in together]
+    return int(BYTES_HELD * sum(nonzeros) + BYTES_WRITTEN * max(nonzeros))
 
 
 def batch_bytes(together: Iterable[Footprint], batch_tokens: int) -> int:
@@ -161,7 +180,8 @@ def free_memory(device: "torch.device") -> int:
     if device.type == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by the allocator, unused
+        return int((torch.cuda.mem_get_info(device)[0] + cached) * SHARE_OF_FREE)
     import psutil
 
     return int(psutil.virtual_memory().available * SHARE_OF_FREE)

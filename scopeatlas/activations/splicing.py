@@ -5,6 +5,7 @@ What belongs here: those losses on fixed tokens. What does not: what is made of 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,13 +42,26 @@ class Splices:
     """
 
     def __init__(self, corpus: Corpus, subject: SubjectModel, log: Log):
-        self.subject, self.log = subject, log
-        self.contexts = fixed_contexts(corpus, SPLICE_TOKENS)
-        self.tokens, self._is_text = self.contexts.tokens, text_mask(self.contexts, subject)
-        self._few = self.tokens[: max(1, ABLATION_TOKENS // self.tokens.shape[1])]
+        self.corpus, self.subject, self.log = corpus, subject, log
         self._ablations: dict[tuple[Site, ...], tuple[float, float]] = {}
         self._clean: tuple[float, float] | None = None  # on all tokens, on those of the ablations
-        self.forward_passes = 0
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """The fixed tokens, read when something has to be measured on them."""
+        return fixed_contexts(self.corpus, SPLICE_TOKENS)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.contexts.tokens
+
+    @cached_property
+    def _is_text(self) -> np.ndarray:
+        return text_mask(self.contexts, self.subject)
+
+    @property
+    def _few(self) -> np.ndarray:
+        return self.tokens[: max(1, ABLATION_TOKENS // self.tokens.shape[1])]
 
     def losses(self, dictionary: SparseDictionary) -> dict[str, float | int]:
         """The loss figures of one dictionary, as `Fidelity` names them."""
@@ -106,10 +120,8 @@ class Splices:
             mask = torch.from_numpy(self._is_text[rows]).to(device).unsqueeze(-1)
             with torch.no_grad(), ExitStack() as edits:
                 if replace is not None:
-                    self.forward_passes += 1
                     for site, value in replace(capture(model, batch, sites)).items():
                         edits.enter_context(editing(model, site, _put(value, mask)))
-                self.forward_passes += 1
                 logits = run_model(model, batch, logits=True)
                 targets = batch[:, 1:]
                 # logsumexp and gather instead of cross_entropy: a quarter of a million logits a token are read, never copied.
@@ -126,7 +138,6 @@ class Splices:
         for rows in batches(self.tokens, SPLICE_BATCH):
             tokens = torch.from_numpy(self.tokens[rows]).long().to(self.subject.resolved_device)
             mask = torch.from_numpy(self._is_text[rows]).to(tokens.device)
-            self.forward_passes += 1
             for site, acts in capture(self.subject.model, tokens, sites).items():
                 total[site] = total[site] + acts[mask].double().sum(0)  # type: ignore[assignment]
             count += int(mask.sum())

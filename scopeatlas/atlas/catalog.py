@@ -4,7 +4,7 @@ What belongs here: the table `catalog`, writing rows and asking for them. What d
 (`dictionaries/watching.py`), or their features (`tables.py`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -141,17 +141,28 @@ def _keeping_progress(known: CatalogRow | None, row: CatalogRow) -> CatalogRow:
     return replace(row, state=known.state, reason=known.reason, sae=known.sae)
 
 
-def mark(root: Path, keys: Iterable[tuple[str, str]], state: str, *, reason: str = "", sae: str | None = None) -> int:
-    """Set the state of rows that exist, each named by (release, path); returns how many changed.
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a row: its state, why, and its key if it got one (by default the one that it has stays)."""
 
-    sae: the key that a single row got on registration; by default what the row has stays.
-    """
-    if state not in STATES:
-        raise AtlasError(f"no catalog state {state!r}; use one of {', '.join(STATES)}")
+    state: str
+    reason: str = ""
+    sae: str | None = None
+
+
+def mark(root: Path, changes: Mapping[tuple[str, str], Change]) -> int:
+    """Change the state of rows that exist, each named by (release, path), in one write; returns how many differed."""
+    wrong = next((change.state for change in changes.values() if change.state not in STATES), None)
+    if wrong is not None:
+        raise AtlasError(f"no catalog state {wrong!r}; use one of {', '.join(STATES)}")
     with atlas_lock(root, CATALOG):
         known = _known(root)
-        rows = [known[key] for key in (f"{release}/{path}" for release, path in keys) if key in known]
-        return _upsert(root, [replace(r, state=state, reason=reason, sae=r.sae if sae is None else sae) for r in rows])
+        rows = [
+            replace(row, state=change.state, reason=change.reason, sae=row.sae if change.sae is None else change.sae)
+            for (release, path), change in changes.items()
+            if (row := known.get(f"{release}/{path}")) is not None
+        ]
+        return _upsert(root, rows)
 
 
 def retire(root: Path, repo: str, *, paths: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ not: what the names mean (one module per format).
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +110,7 @@ def read_npz(path: Path) -> "dict[str, torch.Tensor]":
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except FileNotFoundError as error:
         raise DictionaryError(f"{path} is missing; download the whole folder") from error
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise DictionaryError(
             f"{path} is truncated or not an .npz of plain arrays ({first_line(error)}); download it again"
         ) from error

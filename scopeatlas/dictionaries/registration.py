@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scopeatlas.dictionaries.downloads import default_cache, fetch
-from scopeatlas.dictionaries.hub import SeenSae, hub_errors, list_saes, one_line
+from scopeatlas.dictionaries.downloads import MAX_WAIT_S, default_cache, fetch
+from scopeatlas.dictionaries.hub import SeenSae, bounded_waits, hub_errors, list_saes, one_line
 from scopeatlas.dictionaries.releases import SaeEntry, sae_key
 from scopeatlas.errors import DictionaryError
 from scopeatlas.runner.local import Log, silent
@@ -20,7 +20,7 @@ from scopeatlas.storage.files import file_sha256
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def announce(sae: SeenSae, *, cache: Path | None = None) -> SaeEntry:
+def announce(sae: SeenSae, *, cache: Path | None = None, max_wait_s: float = MAX_WAIT_S) -> SaeEntry:
     """The entry of an SAE on the Hub, without its weights: the Hub lists their hashes, and only configs are fetched.
 
     The key is the one that the same files have in a local folder. Raises DictionaryError if a config cannot be fetched.
@@ -31,7 +31,7 @@ def announce(sae: SeenSae, *, cache: Path | None = None) -> SaeEntry:
         weights=tuple(name for name in sae.files.weights if name in unhashed),
         configs=tuple(name for name in sae.files.configs if name in unhashed),
     )
-    root = fetch(replace(sae, files=few), cache=cache)
+    root = fetch(replace(sae, files=few), cache=cache, max_wait_s=max_wait_s)
     own = posixpath.dirname(sae.files.weights[0])
     hashes = {
         posixpath.relpath(name, own or "."): file_sha256(root / name) if name in unhashed else sae.digests[name][1]
@@ -66,7 +66,8 @@ def fetch_missing(
         try:
             at = (entry.repo, entry.revision)
             if at not in listed:
-                listed[at] = {sae.path: sae for sae in list_saes(*at)}
+                with bounded_waits(MAX_WAIT_S):
+                    listed[at] = {sae.path: sae for sae in list_saes(*at)}
             sae = listed[at].get(entry.path)
             if sae is None:
                 raise DictionaryError(f"{entry.repo} at {entry.revision[:8]} holds no {entry.path}; register the SAE again")

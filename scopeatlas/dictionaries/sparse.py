@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, overload
 
+from scopeatlas.errors import DictionaryError
 from scopeatlas.subject.sites import Site
 
 if TYPE_CHECKING:
@@ -236,14 +237,23 @@ class SparseDictionary:
         layers = self.layers.to(device) if isinstance(self.layers, LazyLayers) else tuple(w.to(device) for w in self.layers)
         return replace(self, layers=layers, b_dec=self.b_dec.float().to(device))
 
-    def encode(self, x: "torch.Tensor | Sequence[torch.Tensor]") -> SparseActivations:
-        """Activations of x, one [tokens, d_in] per input site (any float dtype), never dense beyond one tile."""
+    @property
+    def plausible_l0(self) -> float:
+        """More active features a token than this mean that the dictionary is misread, and that results would not fit memory."""
+        return max(30 * (self.measured_l0 or self.target_l0 or 0), 0.02 * self.width, 1000)
+
+    def encode(self, x: "torch.Tensor | Sequence[torch.Tensor]", *, max_l0: float | None = None) -> SparseActivations:
+        """Activations of x, one [tokens, d_in] per input site (any float dtype), never dense beyond one tile.
+
+        Raises DictionaryError as soon as more than `max_l0` features fire on the average token.
+        """
         import torch
 
         inputs = _as_sequence(x)
+        most = None if max_l0 is None else int(max_l0 * max(len(inputs[0]), 1))
         token, feature, value = [], [], []
         for position, (x_td, layer) in enumerate(zip(inputs, self.layers, strict=True)):
-            t, f, v = _encode_layer(_normalised(x_td.float(), self.norm), layer, self.activation)
+            t, f, v = _encode_layer(_normalised(x_td.float(), self.norm), layer, self.activation, most)
             token.append(t)
             feature.append(f + position * self.features_per_layer)
             value.append(v)
@@ -305,14 +315,15 @@ def _restored(y_tod: "torch.Tensor", x: "torch.Tensor", norm: InputNorm) -> "tor
 Found = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 
 
-def _encode_layer(x: "torch.Tensor", layer: LayerWeights, activation: Activation) -> Found:
-    """Tokens, feature indices and values of the non-zero activations of one layer, sorted by (token, feature)."""
+def _encode_layer(x: "torch.Tensor", layer: LayerWeights, activation: Activation, most: int | None) -> Found:
+    """Tokens, feature indices and values of the non-zero activations of one layer, at most `most`, sorted by (token, feature)."""
     if activation.function in ("topk", "abstopk"):
         return _largest(x, layer, activation)
     import torch
 
     group = layer.w_enc.shape[1] // (activation.k or 1) if activation.function == "groupmax" else 1
     found: list[Found] = []
+    count = 0
     for tile, pre in _tiles(x, layer, multiple_of=group):
         if activation.function == "groupmax":
             best, which = pre.unflatten(1, (-1, group)).max(2)
@@ -321,16 +332,27 @@ def _encode_layer(x: "torch.Tensor", layer: LayerWeights, activation: Activation
         elif layer.magnitude is not None:
             scale, shift = (part[tile].float() for part in layer.magnitude)
             value = pre * scale + shift
-            token, feature = ((pre > 0) & (value > 0)).nonzero(as_tuple=True)
+            token, feature = _where((pre > 0) & (value > 0), len(x), count, most)
             found.append((token, feature + tile.start, value[token, feature]))
         else:
             floor = 0.0 if layer.threshold is None else layer.threshold[tile].float().clamp(min=0)
-            token, feature = (pre > floor).nonzero(as_tuple=True)
+            token, feature = _where(pre > floor, len(x), count, most)
             found.append((token, feature + tile.start, pre[token, feature]))
+        count += len(found[-1][0])
     if len(found) == 1:
         return found[0]
     token, feature, value = (torch.cat(column) for column in zip(*found, strict=True))
     return _by_token(token, feature, value)
+
+
+def _where(fires: "torch.Tensor", tokens: int, before: int, most: int | None) -> "tuple[torch.Tensor, ...]":
+    """The places where `fires` holds, found only if there are not too many with those `before`."""
+    if most is not None and before + int(fires.sum()) > most:
+        raise DictionaryError(
+            f"more than {most / max(tokens, 1):,.0f} features fire on the average token: the SAE is read at a wrong site or "
+            "normalisation, or of another subject model"
+        )
+    return fires.nonzero(as_tuple=True)
 
 
 def _largest(x: "torch.Tensor", layer: LayerWeights, activation: Activation) -> Found:

@@ -73,6 +73,10 @@ class Store:
         folder = self.root / "saes" / sae
         return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
+    def is_touched(self, sae: str) -> bool:
+        """Whether anything was ever done for an SAE, if only an attempt."""
+        return bool(self.corpora_of(sae) or self.errors(sae))
+
     def errors(self, sae: str) -> dict[str, str]:
         """The last error of each stage of an SAE that has failed and not since succeeded."""
         path = self.root / "saes" / sae / "errors.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
-from scopeatlas.activations.memory import batch_bytes, footprint_of
+from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, held_bytes
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
@@ -234,10 +234,16 @@ def test_several_saes_at_several_sites_cost_the_forward_passes_of_one(fresh, sma
     assert alone.forward_passes == shared.forward_passes == batches
 
 
+def enough(stored: Stored, footprint: Footprint) -> int:
+    """Bytes that one SAE of this footprint needs over the corpus."""
+    shard = max(len(stored.corpus.contexts(shard)) for shard in stored.corpus.shards) * 64
+    return footprint.resident + batch_bytes([footprint], BATCH_CONTEXTS * 64) + held_bytes([footprint], shard)
+
+
 def test_what_does_not_fit_into_memory_together_is_split_and_gives_the_same_bytes(fresh, small, subject):
     said: list[str] = []
     one = footprint_of(open_dictionary(small.entry))
-    enough_for_one = one.resident + batch_bytes([one], BATCH_CONTEXTS * 64)
+    enough_for_one = enough(fresh, one)
     result = cache_activations(fresh.store, fresh.corpus, small.entries, subject, memory_bytes=enough_for_one, log=said.append)
     assert not result.failed and any("2 SAEs in 2 passes" in line for line in said)
     assert result.forward_passes == 2 * sum(-(-len(fresh.corpus.contexts(s)) // BATCH_CONTEXTS) for s in fresh.corpus.shards)
@@ -255,7 +261,7 @@ def test_an_sae_that_does_not_fit_alone_is_refused_with_the_number_and_the_other
         fresh.corpus,
         [wide, small.entry],
         subject,
-        memory_bytes=one.resident + batch_bytes([one], BATCH_CONTEXTS * 64),
+        memory_bytes=enough(fresh, one),
     )
     assert result.failed.keys() == {wide.key} and result.shards_done == len(fresh.corpus.shards)
     assert "of memory (weights 4.9 MB" in result.failed[wide.key] and "raise subject.memory_gb" in result.failed[wide.key]

@@ -32,7 +32,13 @@ def one(clt) -> Footprint:
 
 def plan(footprints: dict[str, Footprint], available: int, store: Path = Path(), tokens: int = 100):
     return plan_pass(
-        footprints, tokens=dict.fromkeys(footprints, tokens), batch_tokens=64, device="cpu", available=available, store=store
+        footprints,
+        tokens=dict.fromkeys(footprints, tokens),
+        batch_tokens=64,
+        shard_tokens=0,
+        device="cpu",
+        available=available,
+        store=store,
     )
 
 
@@ -83,3 +89,22 @@ def test_the_plan_reads_as_lines_that_name_every_sae_with_its_bytes(one):
     lines = list(plan({"a": one, "large": replace(one, resident=10**9)}, 10**8).lines())
     assert lines[0].startswith("memory plan: 1 SAEs in 1 pass of the subject model, 100.0 MB available on cpu")
     assert any("streamed by layer" in line and " a:" in line for line in lines) and any(" large: needs" in line for line in lines)
+
+
+def test_the_non_zeros_of_a_shard_count_against_main_memory_and_not_against_a_gpus(one):
+    tight = 2 * one.resident + batch_bytes([one], 64)
+    asked = {"footprints": {"a": one, "b": one}, "tokens": {"a": 1, "b": 1}, "batch_tokens": 64, "shard_tokens": 10_000}
+    on_cpu, on_gpu = (
+        plan_pass(
+            asked["footprints"],
+            **{k: v for k, v in asked.items() if k != "footprints"},
+            device=device,
+            available=tight,
+            store=Path(),
+        )
+        for device in ("cpu", "cuda:0")
+    )
+    assert on_gpu.chunks == [["a", "b"]] and on_gpu.held == [
+        int(10_000 * one.l0 * (2 * memory.BYTES_HELD + memory.BYTES_WRITTEN))
+    ]
+    assert not on_cpu.chunks and "a shard's non-zeros" in on_cpu.refused["a"]

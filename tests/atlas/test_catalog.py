@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import polars as pl
 import pytest
 
-from scopeatlas.atlas.catalog import CATALOG, STATES, CatalogRow, mark, read_catalog, record, retire
+from scopeatlas.atlas.catalog import CATALOG, STATES, CatalogRow, Change, mark, read_catalog, record, retire
 from scopeatlas.atlas.tables import open_table
 from scopeatlas.dictionaries.downloads import fetch_from_hub
 from scopeatlas.dictionaries.hub import SeenSae, list_saes
@@ -110,8 +110,11 @@ def test_a_width_that_is_none_is_refused(tmp_path):
 
 def test_states_are_marked_on_rows_that_exist_and_the_key_stays(tmp_path):
     record(tmp_path, [ROW, SMALL])
-    assert mark(tmp_path, [(ROW.release, ROW.path)], "registered", sae="key") == 1
-    assert mark(tmp_path, [(ROW.release, ROW.path), ("nobody", "knows")], "failed", reason="labels: no documents") == 1
+    assert mark(tmp_path, {(ROW.release, ROW.path): Change("registered", sae="key")}) == 1
+    assert (
+        mark(tmp_path, dict.fromkeys([(ROW.release, ROW.path), ("nobody", "knows")], Change("failed", "labels: no documents")))
+        == 1
+    )
     marked = read_catalog(tmp_path, state="failed").row(0, named=True)
     assert (marked["sae"], marked["reason"], marked["bytes"]) == ("key", "labels: no documents", ROW.bytes)
     assert states(tmp_path)[SMALL.key] == "ready"
@@ -129,7 +132,7 @@ def test_states_and_rows_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(AtlasError, match="no catalog state 'lost'"):
         record(tmp_path, [replace(ROW, state="lost")])
     with pytest.raises(AtlasError, match="no catalog state 'lost'"):
-        mark(tmp_path, [], "lost")
+        mark(tmp_path, {(ROW.release, ROW.path): Change("lost")})
     with pytest.raises(AtlasError, match="twice"):
         record(tmp_path, [ROW, replace(ROW, state="failed")])
 

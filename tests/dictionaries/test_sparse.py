@@ -274,9 +274,29 @@ def test_a_damaged_bias_is_named(transcoder):
 
 def test_decoder_rows_that_are_not_of_unit_norm_are_an_error_in_gemma_scope_and_a_note_elsewhere(transcoder):
     long = only_layer(transcoder, w_dec=transcoder.layers[0].w_dec * 3)
-    assert validate(long, "here").notes == ("decoder rows are not of unit norm (3 to 3)",)
-    with pytest.raises(DictionaryError, match="here: decoder rows are not unit norm"):
+    assert validate(long, "here").notes == ("70 of 70 decoder rows are not of unit norm (3 to 3)",)
+    with pytest.raises(DictionaryError, match="here: 70 of 70 decoder rows are not unit norm"):
         validate(replace(long, family="gemma_scope_2"), "here")
+
+
+def test_a_single_odd_decoder_row_is_a_note_in_gemma_scope_too(transcoder):
+    rows = transcoder.layers[0].w_dec.repeat(3, 1, 1).clone()
+    rows[5] = 0
+    layer = transcoder.layers[0]
+    wide = replace(
+        layer, w_enc=layer.w_enc.repeat(1, 3), b_enc=layer.b_enc.repeat(3), threshold=layer.threshold.repeat(3), w_dec=rows
+    )
+    found = validate(replace(transcoder, layers=(wide,), family="gemma_scope_1"), "here")
+    assert found.notes == ("1 of 210 decoder rows are not of unit norm (0 to 1)",)
+
+
+def test_encoding_stops_as_soon_as_more_features_fire_than_may(transcoder, rng, monkeypatch):
+    monkeypatch.setattr(sparse, "TILE_BYTES", 4 * 30 * 7)
+    x = draw(rng, 30, D_IN) * 100
+    active = len(transcoder.encode(x).token) / 30
+    assert len(transcoder.encode(x, max_l0=active + 1).token) == round(active * 30)
+    with pytest.raises(DictionaryError, match="features fire on the average token: the SAE is read at a wrong site"):
+        transcoder.encode(x, max_l0=active / 2)
 
 
 def test_a_clt_that_writes_backwards_or_not_to_itself_is_refused(clt):

@@ -8,7 +8,9 @@ import dagster as dg
 import pytest
 
 from assets.partitions import SAES_NAME
-from pipelines.runs import RANGE_END, RANGE_START, chunk_requests, stretches
+from pipelines import schedules
+from pipelines.definitions import build_defs
+from pipelines.runs import RANGE_END, RANGE_START, busy_keys, chunk_requests, keys_of, stretches
 from pipelines.schedules import retry_incomplete
 from pipelines.sensors import new_saes
 from resources.sae import SaeSourceResource, Watch
@@ -61,7 +63,8 @@ def test_a_tick_asks_for_no_more_runs_and_no_larger_ones_than_configured(instanc
     for _ in range(3):
         result = tick(instance, watched, tmp_path / "store", **limits)
         asked.append([request.partition_key for request in result.run_requests or []])
-        add_partitions(instance, result) if result.run_requests else None
+        for key in add_partitions(instance, result) if result.run_requests else ():
+            Store(tmp_path / "store").record_error(key, "activation_cache", "tried")
     assert [len(keys) for keys in asked] == [1, 1, 0] and asked[0] != asked[1]
 
 
@@ -79,7 +82,8 @@ def test_a_copy_still_under_way_is_not_seen(instance, watched, tmp_path):
 
 def test_a_known_sae_is_not_run_again(instance, watched, tmp_path):
     tick(instance, watched, tmp_path / "store")
-    add_partitions(instance, tick(instance, watched, tmp_path / "store"))
+    for key in add_partitions(instance, tick(instance, watched, tmp_path / "store")):
+        Store(tmp_path / "store").record_error(key, "activation_cache", "tried")
     result = tick(instance, watched, tmp_path / "store")
     assert result.skip_reason and not result.run_requests
 
@@ -92,7 +96,10 @@ def test_a_repo_on_the_hub_is_watched_too_and_what_cannot_be_reached_is_said(ins
         hub.commit("google/gemma-scope-2-270m-pt", {p.relative_to(release).as_posix(): p for p in release.rglob("*.*")})
         tick(instance, watched, tmp_path / "store", **source)
         result = tick(instance, watched, tmp_path / "store", **source)
-        assert len(add_partitions(instance, result)) == 2 and len(result.run_requests) == 1
+        keys = add_partitions(instance, result)
+        assert len(keys) == 2 and len(result.run_requests) == 1
+    for key in keys:
+        Store(tmp_path / "store").record_error(key, "activation_cache", "tried")
     assert "cannot be reached" in tick(instance, watched, tmp_path / "store", **source).skip_reason.skip_message
 
 
@@ -106,14 +113,58 @@ def test_the_nightly_schedule_retries_what_is_not_published_in_shared_runs(insta
     assert request.run_key.startswith("2026-11-21:")
 
 
+def test_a_partition_whose_run_was_never_asked_for_is_asked_for_again(instance, watched, tmp_path):
+    """As when the daemon dies between making the partitions and launching the run."""
+    tick(instance, watched, tmp_path / "store")
+    first = tick(instance, watched, tmp_path / "store")
+    add_partitions(instance, first)
+    again = tick(instance, watched, tmp_path / "store")
+    assert [r.run_key for r in again.run_requests] == [r.run_key for r in first.run_requests]
+    assert not again.dynamic_partitions_requests
+
+
+def test_what_is_in_a_run_or_was_tried_is_not_asked_for_again(instance, watched, tmp_path):
+    tick(instance, watched, tmp_path / "store")
+    keys = add_partitions(instance, tick(instance, watched, tmp_path / "store"))
+    run = instance.create_run_for_job(
+        build_defs().resolve_job_def("index_release"), tags={RANGE_START: keys[0], RANGE_END: keys[1]}
+    )
+    instance.report_run_canceling(run)
+    assert busy_keys(instance, keys) == set(keys)
+    assert not tick(instance, watched, tmp_path / "store").run_requests
+    instance.report_run_canceled(run)
+    for key in keys:
+        Store(tmp_path / "store").record_error(key, "activation_cache", "tried")
+    assert not tick(instance, watched, tmp_path / "store").run_requests
+
+
 def test_a_stretch_of_neighbouring_keys_is_one_run_of_bounded_length():
-    assert stretches(["a", "b", "d"], ["a", "b", "c", "d"]) == [("a", "b"), ("d", "d")]
-    assert stretches(["c", "a"], ["a", "b", "c"]) == [("a", "a"), ("c", "c")]
-    assert stretches(list("abcde"), list("abcde"), longest=2) == [("a", "b"), ("c", "d"), ("e", "e")]
+    assert stretches(["a", "b", "d"], ["a", "b", "c", "d"]) == [["a", "b"], ["d"]]
+    assert stretches(["c", "a"], ["a", "b", "c"]) == [["a"], ["c"]]
+    assert stretches(list("abcde"), list("abcde"), longest=2) == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_requests_for_the_same_keys_have_the_same_run_key_unless_the_occasion_differs():
-    one, again = (chunk_requests(["a", "b", "c"], per_run=2) for _ in range(2))
+    keys = ["a", "b", "c"]
+    one, again = (chunk_requests(keys, keys, per_run=2) for _ in range(2))
     assert [r.run_key for r in one] == [r.run_key for r in again] and len({r.run_key for r in one}) == 2
-    assert one[1].partition_key == "c" and one[0].partition_key is None
-    assert chunk_requests(["a"], per_run=2, occasion="monday:")[0].run_key != chunk_requests(["a"], per_run=2)[0].run_key
+    assert [keys_of(r, keys) for r in one] == [["a", "b"], ["c"]]
+    assert (
+        chunk_requests(["a"], keys, per_run=2, occasion="monday:")[0].run_key != chunk_requests(["a"], keys, per_run=2)[0].run_key
+    )
+
+
+def test_the_nightly_schedule_gives_every_sae_its_turn(instance, watched, tmp_path, monkeypatch):
+    monkeypatch.setattr(schedules, "MAX_RETRIED", 1)
+    tick(instance, watched, tmp_path / "store")
+    keys = add_partitions(instance, tick(instance, watched, tmp_path / "store"))
+    saes, store = SaeSourceResource(folders=[str(watched)]), StoreResource(root=str(tmp_path / "store"))
+    nights = [
+        retry_incomplete(
+            dg.build_schedule_context(instance=instance, scheduled_execution_time=datetime(2026, 11, day, 2, tzinfo=UTC)),
+            store=store,
+            saes=saes,
+        )
+        for day in (21, 22)
+    ]
+    assert {request.partition_key for requests in nights for request in requests} == set(keys)
