@@ -16,7 +16,7 @@ from scopeatlas.corpus.contexts import ContextRules, Contexts, cut_contexts, rea
 from scopeatlas.corpus.documents import SPLITS, Document, Split
 from scopeatlas.corpus.sampling import Sampling, draw_sample, shard_of
 from scopeatlas.corpus.sources import Source, open_source, source_fingerprint
-from scopeatlas.errors import NotReadyError
+from scopeatlas.errors import CorpusError, NotReadyError
 from scopeatlas.storage.files import atomic_path, content_hash, read_json, write_json
 from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
@@ -86,15 +86,20 @@ def build_corpus(
     keys: list[ShardKey] = []
     tokens = dict.fromkeys(SPLITS, 0)
     contexts_total = 0
+    refused: list[str] = []
     for number, members in groupby(pairs, key=lambda pair: shard_of(pair[0].id, bits)):
         documents = list(members)
-        contexts = cut_contexts(documents, subject.tokenizer, settings.rules)
+        contexts = cut_contexts(documents, subject.tokenizer, settings.rules, refused=refused)
         if not len(contexts):
             continue
         keys.append(_write_shard(StageFolder(folder), f"{number:0{(bits + 3) // 4}x}", documents, contexts))
         contexts_total += len(contexts)
         for split, length in zip(contexts.splits, contexts.lengths(), strict=True):
             tokens[SPLITS[split]] += int(length) - 1
+    if refused and not keys:
+        raise CorpusError(f"the chat template takes none of the {len(refused)} conversations; the first: {refused[0]}")
+    if refused:
+        log(f"{len(refused)} conversations left out, which the chat template does not take; the first: {refused[0]}")
     facts = {
         "documents": len(sample.documents),
         "documents_per_split": sample.documents_per_split(),
@@ -104,6 +109,7 @@ def build_corpus(
         "tokens_per_split": tokens,
         "exact_duplicates": sample.exact_duplicates,
         "near_duplicates": sample.near_duplicates,
+        "refused_conversations": len(refused),
     }
     shards = [[key.name, key.identity] for key in keys]
     write_json(folder / "corpus.json", {"request": request, "settings": asdict(settings), "facts": facts, "shards": shards})

@@ -93,20 +93,20 @@ class _Row:
 
 
 def cut_contexts(
-    documents: Iterable[tuple[Document, Split]], tokenizer: "PreTrainedTokenizerBase", rules: ContextRules
+    documents: Iterable[tuple[Document, Split]],
+    tokenizer: "PreTrainedTokenizerBase",
+    rules: ContextRules,
+    *,
+    refused: list[str] | None = None,
 ) -> Contexts:
     """Cut each document into consecutive contexts and keep at most `rules.per_document`, chosen by hash.
 
     A conversation gives one, from its beginning through the chat template: what follows after `rules.length` is left out.
     The choice is a bottom-k by hash, so raising the cap keeps every context of the lower one. Special tokens that
-    the text happens to spell are split into plain ones: only the BOS put in front here is special. Raises CorpusError,
-    naming it, for a conversation that the chat template does not take.
+    the text happens to spell are split into plain ones: only the BOS put in front here is special. A conversation that
+    the chat template does not take is left out, and why is added to `refused`; without such a list it raises CorpusError.
     """
-    cut = [
-        (document, split, row)
-        for document, split in documents
-        for row in (_conversation_rows if document.turns else _text_rows)(document, tokenizer, rules)
-    ]
+    cut = [(document, split, row) for document, split in documents for row in _rows(document, tokenizer, rules, refused)]
     return Contexts(
         np.array([stable_id("context", f"{document.id}:{row.start}") for document, _, row in cut], dtype=np.int64),
         [document.id for document, _, _ in cut],
@@ -116,6 +116,16 @@ def cut_contexts(
         if any(document.turns for document, _, _ in cut)
         else None,
     )
+
+
+def _rows(document: Document, tokenizer: "PreTrainedTokenizerBase", rules: ContextRules, refused: list[str] | None) -> list[_Row]:
+    try:
+        return (_conversation_rows if document.turns else _text_rows)(document, tokenizer, rules)
+    except CorpusError as error:
+        if refused is None:
+            raise
+        refused.append(str(error))
+        return []
 
 
 def _text_rows(document: Document, tokenizer: "PreTrainedTokenizerBase", rules: ContextRules) -> list[_Row]:

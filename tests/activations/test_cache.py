@@ -1,4 +1,5 @@
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
+from scopeatlas.activations.cache import text_mask as library_mask
 from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, held_bytes
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
+from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import StoreError
 from scopeatlas.storage.store import Store
 from tests.conftest import Stored, entry_of, sae_tensors, text_mask, write_sae
@@ -273,3 +276,35 @@ def test_an_sae_of_another_model_is_left_out_by_name(fresh, small, subject, resi
     result = cache_activations(fresh.store, fresh.corpus, [other, small.entry], named)
     assert result.failed.keys() == {other.key}
     assert "trained on google/gemma-2-2b, and the subject model is package:gemma3" in result.failed[other.key]
+
+
+def test_whatever_goes_wrong_with_one_sae_of_a_pass_stops_that_one_alone(fresh, small, subject, residual, tmp_path, monkeypatch):
+    odd = entry_of(write_sae(tmp_path / "odd", sae_tensors(residual), l0=77))
+    encode = SparseDictionary.encode
+
+    def fails(self, *args, **kwargs):
+        if self.target_l0 == 77:
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseDictionary, "encode", fails)
+    result = cache_activations(fresh.store, fresh.corpus, [odd, small.entry], subject)
+    assert result.failed == {odd.key: "OutOfMemoryError: out of memory"} and result.shards_done == len(fresh.corpus.shards)
+    assert fresh.store.errors(odd.key) == {"activation_cache": "OutOfMemoryError: out of memory"}
+
+
+def test_a_dictionary_on_which_nearly_everything_fires_is_stopped_at_its_first_batch(fresh, subject, residual, tmp_path):
+    tensors = sae_tensors(residual, width=4096)
+    entry = entry_of(write_sae(tmp_path / "open", tensors | {"threshold": torch.zeros(4096)}))
+    (reason,) = cache_activations(fresh.store, fresh.corpus, [entry], subject).failed.values()
+    assert "more than 1,000 features fire on the average token" in reason
+
+
+def test_where_a_model_has_no_bos_the_first_token_takes_its_place(small, subject):
+    without = replace(subject)
+    without.__dict__["tokenizer"] = deepcopy(subject.tokenizer)
+    without.tokenizer.bos_token = None
+    contexts = small.corpus.contexts(small.corpus.shards[0])
+    plain = replace(contexts, tokens=np.where(contexts.tokens == 2, 100, contexts.tokens).astype(np.int32))  # 100 is a word
+    assert not library_mask(plain, without)[:, 0].any() and library_mask(plain, without)[:, 1].all()
+    assert library_mask(plain, subject)[:, 0].all()

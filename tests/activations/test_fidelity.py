@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from scopeatlas.activations import fidelity as measuring
 from scopeatlas.activations import splicing as module
 from scopeatlas.activations.cache import cache_activations
 from scopeatlas.activations.fidelity import Fidelity, measure_fidelity, read_fidelity
@@ -145,3 +146,18 @@ def test_recovery_is_relative_to_what_the_ablation_destroys(measured):
 
 def test_sae_tensors_of_the_fixtures_are_what_they_claim(measured):
     assert 5 < measured.l0 < 20 and sae_tensors(torch.randn(50, 8), width=12)["w_dec"].shape == (12, 8)
+
+
+def test_an_sae_that_cannot_be_measured_is_named_and_the_others_are_measured(small, subject, monkeypatch):
+    one, two = small.entries
+    flips = measuring.bf16_flips
+
+    def fails(dictionary, *args):
+        if torch.equal(dictionary.layers[0].w_enc, open_dictionary(one).layers[0].w_enc):
+            raise torch.OutOfMemoryError("out of memory")
+        return flips(dictionary, *args)
+
+    monkeypatch.setattr(measuring, "bf16_flips", fails)
+    measuring.fidelity_path(small.store, small.corpus.id, one.key).unlink(missing_ok=True)
+    result = measure_fidelity(small.store, small.corpus, [one, two], subject)
+    assert result.failed == {one.key: "OutOfMemoryError: out of memory"} and result.found.keys() == {two.key}

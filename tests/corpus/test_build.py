@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -128,3 +129,23 @@ def test_a_built_corpus_may_be_moved_with_its_store(store, settings, subject, tm
     shutil.move(store.root, tmp_path / "moved")
     moved = open_corpus(Store(tmp_path / "moved"), corpus.id)
     assert moved.shards == corpus.shards and len(moved.documents) == 60
+
+
+def test_a_conversation_that_the_chat_template_does_not_take_is_left_out_and_counted(subject, tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    said: list[str] = []
+    words = "The quick brown fox jumps over the lazy dog while {} other animals look on from the edge of the wood in silence."
+    turns = [[("user", words.format(n)), ("assistant", words.format(n + 100))] for n in range(8)]
+    turns.append([("user", words.format(50)), ("user", words.format(51))])
+    rows = [json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}) for talk in turns]
+    (tmp_path / "talk.jsonl").write_text("\n".join(rows))
+    tokenizer = copy.deepcopy(subject.tokenizer)
+    tokenizer.chat_template = template
+    tuned = replace(subject)
+    tuned.__dict__["tokenizer"] = tokenizer
+    source = Source("files", paths=(str(tmp_path / "talk.jsonl"),), text_field="messages", min_characters=10)
+    settings = CorpusSettings("talk", source, Sampling(shard_bits=0), ContextRules(64, 1))
+    corpus, _ = build_corpus(Store(tmp_path / "store"), settings, tuned, log=said.append)
+    assert corpus.facts["refused_conversations"] == 1 and corpus.facts["contexts"] == corpus.facts["documents"] - 1
+    assert any("1 conversations left out" in line and "alternate" in line for line in said)
+    assert corpus.contexts(corpus.shards[0]).roles is not None
