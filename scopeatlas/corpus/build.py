@@ -71,7 +71,8 @@ def build_corpus(
     """
     corpus_id = settings.corpus_id(subject)
     folder = store.corpus_folder(corpus_id)
-    request = content_hash(STAGE_VERSION, asdict(settings), source_fingerprint(settings.source), subject.tokenizer_identity)
+    tokenizer = (subject.tokenizer_identity, subject.tokenizer.chat_template)
+    request = content_hash(STAGE_VERSION, asdict(settings), source_fingerprint(settings.source), *tokenizer)
     if (folder / "corpus.json").exists() and read_json(folder / "corpus.json")["request"] == request:
         corpus = open_corpus(store, corpus_id)
         if not StageFolder(folder).pending(corpus.shards):
