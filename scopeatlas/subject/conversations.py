@@ -87,7 +87,9 @@ def _rendered_frame(roles: list[int], tokenizer: "PreTrainedTokenizerBase") -> l
     refusal = "it leaves out a turn"
     for attempt in (messages, _system_folded(messages)):
         try:
-            rendered = str(tokenizer.apply_chat_template(attempt, tokenize=False, strftime_now=_some_day))
+            # Control tokens need no sanitising, which would turn the function into a string: the turns are marks here.
+            options = {"strftime_now": _some_day, "sanitize_control_tokens": False}
+            rendered = str(tokenizer.apply_chat_template(attempt, tokenize=False, **options))
         except TemplateError as error:
             refusal = str(error)
             continue
