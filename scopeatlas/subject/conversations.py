@@ -6,7 +6,6 @@ how they become contexts (`corpus/contexts.py`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,20 +86,13 @@ def _rendered_frame(roles: list[int], tokenizer: "PreTrainedTokenizerBase") -> l
     refusal = "it leaves out a turn"
     for attempt in (messages, _system_folded(messages)):
         try:
-            # Control tokens need no sanitising, which would turn the function into a string: the turns are marks here.
-            options = {"strftime_now": _some_day, "sanitize_control_tokens": False}
-            rendered = str(tokenizer.apply_chat_template(attempt, tokenize=False, **options))
+            rendered = str(tokenizer.apply_chat_template(attempt, tokenize=False))
         except TemplateError as error:
             refusal = str(error)
             continue
         if (frame := _split_at(rendered, marks)) is not None:
             return frame
     raise SubjectModelError(f"the chat template of {tokenizer.name_or_path} does not take this conversation: {refusal}")
-
-
-def _some_day(form: str) -> str:
-    """What templates that print today's date get: always the same, so that tokens do not depend on the day."""
-    return date(2024, 7, 26).strftime(form)
 
 
 def _system_folded(messages: list[dict[str, str]]) -> list[dict[str, str]]:
