@@ -111,12 +111,9 @@ def _load_clt(root: Path, files: SaeFiles, config: Settings, notes: tuple[str, .
     jumps = _check_pairs(pairs)
 
     def open_layer(i: int) -> LayerWeights:
-        import torch
-
         encoder, relative = map_safetensors(pairs[i][0]), map_safetensors(pairs[i][1])[f"W_dec_{i}"]
-        w_dec = torch.zeros((relative.shape[0], count, relative.shape[2]), dtype=relative.dtype)
-        w_dec[:, i:] = relative
-        return LayerWeights(encoder[f"W_enc_{i}"].T, encoder[f"b_enc_{i}"], w_dec, encoder.get(f"threshold_{i}"))
+        threshold = encoder.get(f"threshold_{i}")
+        return LayerWeights(encoder[f"W_enc_{i}"].T, encoder[f"b_enc_{i}"], relative, threshold, first_output=i)
 
     return SparseDictionary(
         kind="clt",

@@ -63,8 +63,8 @@ class Activation:
 class LayerWeights:
     """One encoder layer in the convention `x @ W`, of any float dtype; computed in float32.
 
-    w_enc: [d_in, F]. b_enc: [F]. w_dec: [F, L_out, d_out], the output index absolute, zero where a causal dictionary
-    does not write. threshold: [F], or None for 0. skip: [d_in, d_out] or None: added to this layer's own output.
+    w_enc: [d_in, F]. b_enc: [F]. w_dec: [F, L_out - first_output, d_out], of the outputs from first_output on; nothing is
+    written to those before. threshold: [F], or None for 0. skip: [d_in, d_out] or None: added to this layer's own output.
     magnitude: of a gated SAE (Rajamanoharan et al. 2024), scale [F] and shift [F]: the value is pre * scale + shift,
     where pre > 0 and the value is positive.
     """
@@ -75,6 +75,17 @@ class LayerWeights:
     threshold: "torch.Tensor | None" = None
     skip: "torch.Tensor | None" = None
     magnitude: "tuple[torch.Tensor, torch.Tensor] | None" = None
+    first_output: int = 0
+
+    def rows(self, features: "int | slice") -> "torch.Tensor":
+        """Decoder rows [L_out, d_out] of a feature or [n, L_out, d_out] of several, zero before `first_output`."""
+        import torch
+
+        return torch.nn.functional.pad(self.w_dec[features], (0, 0, self.first_output, 0))
+
+    def row_tiles(self, size: int) -> "Iterator[torch.Tensor]":
+        """All decoder rows in order, [at most `size`, L_out, d_out] at a time."""
+        return (self.rows(slice(start, start + size)) for start in range(0, len(self.w_dec), size))
 
     def tensors(self) -> "dict[str, torch.Tensor]":
         """Every tensor there is, by name."""
@@ -103,6 +114,7 @@ class LayerWeights:
             move(self.threshold),
             move(self.skip),
             magnitude,  # pyright: ignore[reportArgumentType]
+            self.first_output,
         )
 
 
@@ -209,7 +221,7 @@ class SparseDictionary:
     def steering_vector(self, feature: int, output: int = 0) -> "torch.Tensor":
         """What one unit of a feature writes at output site `output`: float32 [d_out]."""
         layer, index = self.place(feature)
-        return self.layers[layer].w_dec[index, output].float()
+        return self.layers[layer].rows(index)[output].float()
 
     def reading_direction(self, feature: int) -> "torch.Tensor":
         """What a feature looks for at its input site: its encoder column, float32 [d_in]."""
@@ -417,4 +429,4 @@ def _add_layer(y_tod: "torch.Tensor", layer: LayerWeights, acts: SparseActivatio
     counts = torch.bincount(acts.token, minlength=acts.tokens)
     starts = counts.cumsum(0) - counts
     summed = torch.nn.functional.embedding_bag(index, rows.flatten(1), starts, mode="sum", per_sample_weights=acts.value)
-    y_tod += summed.view(y_tod.shape)
+    y_tod[:, layer.first_output :] += summed.view(len(y_tod), -1, y_tod.shape[2])

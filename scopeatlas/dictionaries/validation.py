@@ -55,7 +55,7 @@ def _check_shapes(dictionary: SparseDictionary, layer: LayerWeights, source: str
     d_in, width, d_out = dictionary.d_in, dictionary.features_per_layer, dictionary.d_out
     expected = {
         "w_enc": (d_in, width),
-        "w_dec": (width, len(dictionary.sites_out), d_out),
+        "w_dec": (width, len(dictionary.sites_out) - layer.first_output, d_out),
         "skip": (d_in, d_out),
     }
     for name, tensor in layer.tensors().items():
@@ -94,13 +94,14 @@ def _check_norms(dictionary: SparseDictionary, layer: LayerWeights, source: str)
 
 
 def _check_causal(dictionary: SparseDictionary, layer: LayerWeights, position: int, source: str) -> None:
-    backwards = max(float(block[:, :position].abs().max()) for block in _blocks(layer.w_dec)) if position else 0.0
+    own = position - layer.first_output
+    backwards = max(float(block[:, :own].abs().max()) for block in _blocks(layer.w_dec)) if own > 0 else 0.0
     if backwards > 0:
         raise DictionaryError(
             f"{source}: w_dec writes to layers before its own (up to {backwards:.3g}); its output index may be relative, or "
             "the shards are out of order"
         )
-    if not any(bool(block[:, position].any()) for block in _blocks(layer.w_dec)):
+    if own < 0 or not any(bool(block[:, own].any()) for block in _blocks(layer.w_dec)):
         raise DictionaryError(
             f"{source}: w_dec writes nothing to its own layer; its output index may be relative; download it again"
         )

@@ -54,7 +54,7 @@ def promoted_tokens(dictionary: SparseDictionary, subject: SubjectModel) -> Prom
     promoted, suppressed, strength = [], [], []
     with torch.no_grad():
         for layer in dictionary.layers:
-            for rows_nod in layer.w_dec.split(TILE_FEATURES):
+            for rows_nod in layer.row_tiles(TILE_FEATURES):
                 rows = write(rows_nod.to(unembedding.device, torch.float32))
                 if isinstance(norm, torch.nn.LayerNorm):
                     rows = rows - rows.mean(1, keepdim=True)

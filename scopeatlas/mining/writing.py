@@ -27,7 +27,7 @@ def decoder_norms(dictionary: SparseDictionary) -> np.ndarray:
     """The norm of each feature's decoder row at each output site: float32 [F, L_out]. Layers are opened one at a time."""
     import torch
 
-    norms = [rows.float().norm(dim=-1) for layer in dictionary.layers for rows in layer.w_dec.split(TILE_FEATURES)]
+    norms = [rows.float().norm(dim=-1) for layer in dictionary.layers for rows in layer.row_tiles(TILE_FEATURES)]
     return torch.cat(norms).cpu().numpy()
 
 

@@ -182,6 +182,20 @@ def test_a_multi_layer_dictionary_equals_the_einsums_over_all_layers(clt, rng, s
     assert_sorted(acts, L * F)
 
 
+def test_a_layer_may_store_only_the_outputs_from_its_own_on(clt, rng):
+    xs = [draw(rng, 25, D_IN) for _ in range(L)]
+    short = [replace(layer, w_dec=layer.w_dec[:, i:].contiguous(), first_output=i) for i, layer in enumerate(clt.layers)]
+    dictionary = validate(replace(clt, layers=tuple(short)), "here")
+    for moved in (dictionary, dictionary.to(torch.device("cpu"))):
+        assert torch.allclose(moved.decode(moved.encode(xs), xs), clt.decode(clt.encode(xs), xs), atol=1e-5)
+    for output in range(L):
+        assert torch.equal(dictionary.steering_vector(2 * F + 7, output), clt.steering_vector(2 * F + 7, output))
+    assert torch.equal(torch.cat(list(short[1].row_tiles(7))), clt.layers[1].w_dec)
+    late = replace(short[1], w_dec=short[1].w_dec[:, 1:], first_output=2)
+    with pytest.raises(DictionaryError, match="writes nothing to its own layer"):
+        validate(replace(clt, layers=(short[0], late, short[2])), "here")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decoder_rows_of_any_dtype_are_computed_in_float32(clt, rng, dtype):
     narrow = [replace(layer, w_dec=layer.w_dec.to(dtype)) for layer in clt.layers]
