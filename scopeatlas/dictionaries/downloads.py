@@ -6,7 +6,7 @@ What belongs here: downloads, what they would take, and what the cache holds alr
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,17 +15,13 @@ from pathlib import Path
 from scopeatlas.dictionaries import formats
 from scopeatlas.dictionaries.hub import SeenSae, bounded_waits, endpoint, hub_errors, list_saes, one_line, resolve
 from scopeatlas.dictionaries.layout import SaeFiles
-from scopeatlas.dictionaries.releases import SaeEntry, describe_files
+from scopeatlas.dictionaries.releases import SaeEntry, describe_files, files_under
 from scopeatlas.errors import DictionaryError
+from scopeatlas.runner.local import Log, silent
 from scopeatlas.storage.files import atomic_path, file_sha256
 
-Log = Callable[[str], None]
 MAX_WAIT_S = 600.0
 """How long one fetch waits for rate limits in all; the Hub's windows are five minutes."""
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def fetch(
     cache: Path | None = None,
     quota_bytes: int | None = None,
     max_wait_s: float = MAX_WAIT_S,
-    log: Log = _silent,
+    log: Log = silent,
 ) -> Path:
     """Download the files of one SAE at its commit, by name, and return the snapshot that is the release's root.
 
@@ -114,7 +110,7 @@ def fetch_from_hub(
     revision: str = "main",
     cache: Path | None = None,
     quota_bytes: int | None = None,
-    log: Log = _silent,
+    log: Log = silent,
 ) -> list[SaeEntry]:
     """Fetch the SAEs of a Hub repo whose paths match `patterns` (globs) and describe them.
 
@@ -130,7 +126,11 @@ def fetch_from_hub(
             listed = [sae for sae in list_saes(repo, sha) if _matches(sae.path, patterns)]
     except OfflineModeIsEnabled:
         release = _cached_release(cache, repo, revision)
-        files = [f for f in formats.find(_files_under(release.root)) if not f.missing and _matches(f.path, patterns)]
+        files = [
+            f
+            for f in formats.find(files_under(release.root), repo.rsplit("/", 1)[-1])
+            if not f.missing and _matches(f.path, patterns)
+        ]
         return _described(release, files, patterns)
     except hub_errors() as error:
         raise DictionaryError(f"cannot fetch {repo}@{revision}: {one_line(error, repo)}") from error
@@ -155,10 +155,6 @@ def _described(release: CachedRelease, files: list[SaeFiles], patterns: Sequence
         )
     name = release.repo.rsplit("/", 1)[-1]
     return [describe_files(release.root, each, release=name, revision=release.sha) for each in files]
-
-
-def _files_under(root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def _repo_folder(cache: Path, repo: str) -> Path:

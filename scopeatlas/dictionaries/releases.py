@@ -81,7 +81,7 @@ def find_saes(root: Path, *, release: str | None = None) -> list[SaeEntry]:
     return [
         describe_files(folder, files, release=name, revision=revision)
         for folder, name, revision in _releases(root, release)
-        for files in formats.find(_files_under(folder), name)
+        for files in formats.find(files_under(folder), name)
         if not files.missing and _damage(folder, files) is None
     ]
 
@@ -89,7 +89,7 @@ def find_saes(root: Path, *, release: str | None = None) -> list[SaeEntry]:
 def refuse_incomplete(root: Path) -> None:
     """Raises DictionaryError about the first SAE under `root` whose files are not whole."""
     for folder, name, _ in _releases(root, None):
-        for files in formats.find(_files_under(folder), name):
+        for files in formats.find(files_under(folder), name):
             if files.missing:
                 raise DictionaryError(f"{folder / files.path} lacks {', '.join(files.missing)}; download the whole folder")
             damage = _damage(folder, files)
@@ -113,7 +113,8 @@ def _releases(root: Path, release: str | None) -> Iterator[tuple[Path, str, str]
             yield folder, folder.name, ""
 
 
-def _files_under(folder: Path) -> list[str]:
+def files_under(folder: Path) -> list[str]:
+    """The names of all files under a folder, relative to it and with slashes: what `formats.find` is asked with."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
@@ -147,7 +148,7 @@ def describe_sae(folder: Path, *, release: str, path: str, revision: str = "") -
 
 
 def _only(folder: Path) -> SaeFiles:
-    found = formats.find(_files_under(folder))
+    found = formats.find(files_under(folder))
     if len(found) != 1:
         known = ", ".join(sorted(module.FAMILY for module in formats.MODULES))
         what = f"{len(found)} SAEs; name the folder of one of them" if found else f"no known weight file of any family ({known})"
