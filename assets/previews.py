@@ -49,7 +49,7 @@ def feature_preview(rows: pl.DataFrame) -> dg.MarkdownMetadataValue:
 def label_preview(labels: pl.DataFrame, windows: Path) -> dg.MarkdownMetadataValue:
     """Five labelled features spread over the lift on select documents, each with its sentence and two examples."""
     chosen = _spread(
-        labels.filter(pl.col("status") == "ok").sort("select_lift", "feature", descending=[True, False], nulls_last=True)
+        labels.filter(pl.col("status") == "ok").sort("select_score", "feature", descending=[True, False], nulls_last=True)
     )
     features = chosen["feature"].to_list()
     examples = read_examples(windows, features).filter((pl.col("kind") == "top") & (pl.col("split") == "explain"))

@@ -40,6 +40,10 @@ class ExplainerError(ScopeAtlasError):
     """The LLM could not be reached, or does not keep to the JSON schema it was given."""
 
 
+class LeakError(ScopeAtlasError):
+    """Text of another split was given to a test."""
+
+
 class AtlasError(ScopeAtlasError):
     """The atlas is missing, or holds no such feature."""
 

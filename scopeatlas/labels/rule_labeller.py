@@ -101,7 +101,7 @@ def propose_rules(units: Units, firings: Firings, refused: dict[int, Status], se
                     rule.short(),
                     rule.sentence(),
                     rule=rule.to_json(),
-                    select_lift=row["value"] + row["cost"],
+                    select_score=row["value"] + row["cost"],
                 )
             )
     return labels

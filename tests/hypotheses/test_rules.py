@@ -59,6 +59,6 @@ def test_only_topics_are_tested_on_contexts():
 
 
 def test_labels_make_a_table_sorted_by_feature_and_method():
-    table = label_table([Label(3, "rule", "dead"), Label(1, "rule", "ok", "x", select_lift=0.5), Label(1, "llm", "unclear")])
+    table = label_table([Label(3, "rule", "dead"), Label(1, "rule", "ok", "x", select_score=0.5), Label(1, "llm", "unclear")])
     assert table.select("feature", "method", "status").rows() == [(1, "llm", "unclear"), (1, "rule", "ok"), (3, "rule", "dead")]
     assert dict(table.schema) == LABEL_SCHEMA and label_table([]).is_empty()

@@ -89,7 +89,7 @@ def test_a_label_carries_the_lift_it_was_chosen_by(units, firings):
         counts = document_counts(units, select, rules, [label.feature], split="select")
         hits, claimed, fired, there = (part.sum(1) for part in (counts.true_positive, counts.claimed, counts.fired, counts.units))
         expected = lift(2 * hits / (claimed + fired + PSEUDO_UNITS), fired, there)
-        assert label.select_lift == pytest.approx(float(expected[0]), abs=1e-6)
+        assert label.select_score == pytest.approx(float(expected[0]), abs=1e-6)
 
 
 def test_rules_hold_on_report_documents_and_shuffled_rules_do_not(units, firings):
@@ -111,7 +111,7 @@ def test_shuffled_firings_get_no_rules(units, firings, rng):
     counted = np.flatnonzero(units.counted)
     at = np.concatenate([rng.choice(counted, n, replace=False) for n in np.bincount(firings.feature, minlength=firings.width)])
     labels = propose_rules(units, Firings(firings.feature, at, firings.width), {}, SETTINGS)
-    lifts = [label.select_lift for label in labels if label.select_lift is not None]
+    lifts = [label.select_score for label in labels if label.select_score is not None]
     assert not lifts, lifts
 
 
