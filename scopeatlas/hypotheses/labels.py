@@ -3,16 +3,15 @@
 What belongs here: the type and its table. What does not: proposing labels (`labels/`) or testing them (`scoring/`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
 from scopeatlas.storage.files import content_hash
 
-Status = Literal[
-    "ok", "dead", "rare", "too_few_documents", "dense", "positional", "incoherent", "unclear", "falsified", "error"
-]
+Status = Literal["ok", "dead", "rare", "too_few_documents", "dense", "positional", "incoherent", "unclear", "falsified", "error"]
 Method = Literal["rule", "llm", "imported", "human"]
 Scope = Literal["", "token", "phrase", "document"]
 
@@ -76,13 +75,9 @@ def label_table(labels: list[Label]) -> pl.DataFrame:
 
 def labels_of(table: pl.DataFrame) -> list[Label]:
     """The labels that `label_table` was made of."""
-    fields = [name for name in LABEL_SCHEMA if name != "label_id"]
-    return [Label(**{name: _field(row[name]) for name in fields}) for row in table.iter_rows(named=True)]
+    rows: Iterator[dict[str, Any]] = table.drop("label_id").iter_rows(named=True)
+    return [Label(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}) for row in rows]
 
 
 def _cell(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _field(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ A rule's hits are found by joining keys, so counting costs one pass over the non
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -74,6 +74,11 @@ class Units:
     def key_of(self, name: str, text: str) -> int:
         """The index of a key's text in a column, or -2 if it never occurs in this corpus."""
         return self._lookup(name).get(text, -2)
+
+    def text_of(self, context: int, start: int, stop: int) -> list[str]:
+        """The texts of the tokens from `start` to `stop` of a context; "" for special tokens and padding."""
+        at = self._flat[context * self.length + start : context * self.length + stop]
+        return [self.texts[key] if key >= 0 else "" for key in at.tolist()]
 
     def in_split(self, split: Split) -> np.ndarray:
         """Which positions are counted and belong to `split`: bool [N]."""
@@ -155,16 +160,20 @@ def _vocabulary_key(kind: str, size: int, token: str) -> str:
 
 @dataclass(frozen=True)
 class Firings:
-    """Where one SAE's features fire: feature uint32 [n] and position int64 [n] into `Units`, by shard then feature."""
+    """Where one SAE's features fire and how strongly, by shard then feature.
+
+    feature: uint32 [n]. position: int64 [n] into `Units`. value: float32 [n].
+    """
 
     feature: np.ndarray
     position: np.ndarray
     width: int
+    value: np.ndarray = field(kw_only=True)
 
     def within(self, units: Units, split: Split) -> "Firings":
         """The firings of one split."""
         kept = units.in_split(split)[self.position]
-        return Firings(self.feature[kept], self.position[kept], self.width)
+        return Firings(self.feature[kept], self.position[kept], self.width, value=self.value[kept])
 
     def in_contexts(self, units: Units) -> sparse.csr_matrix:
         """Which features fire in which contexts: float32 0/1 [F, contexts]."""
@@ -177,13 +186,14 @@ class Firings:
 def read_firings(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, units: Units, *, width: int) -> Firings:
     """All firings of an SAE. Raises NotReadyError if a shard is missing."""
     stage = store.stage(entry.key, corpus.id, "activations")
-    features, positions = [], []
+    features, positions, values = [], [], []
     for key, offset in zip(activation_keys(corpus, entry, subject), units.offsets, strict=True):
         stage.record(key)
         acts = read_shard(stage.data_path(key, ".parquet"))
         features.append(acts.feature)
         positions.append(acts.token.astype(np.int64) + offset)
-    return Firings(np.concatenate(features), np.concatenate(positions), width)
+        values.append(acts.value)
+    return Firings(np.concatenate(features), np.concatenate(positions), width, value=np.concatenate(values))
 
 
 def key_hits(units: Units, firings: Firings, column: str) -> pl.DataFrame:
