@@ -27,6 +27,10 @@ BYTES_PER_NONZERO = 4
 """On disk, of a shard: 2.9 to 3.0 on the demo release, more where fewer activations lie close together."""
 USUAL_L0 = 100.0
 """Assumed of a dictionary that does not say."""
+NULL_FEATURES = 256
+"""Random directions that go through a pass beside each SAE (`nulls.py`)."""
+NULL_TOKENS = 4096
+"""Tokens that they are calibrated on."""
 SHARE_OF_FREE = 0.8
 """The rest is for what is not counted: the allocator, the model's own intermediate tensors, other processes."""
 
@@ -37,7 +41,8 @@ class Footprint:
 
     stored: bytes on disk. resident: bytes in float32 while it serves; of a streamed dictionary, one layer's. sites:
     their sizes. temporary: bytes per token of a batch while it encodes and decodes, less the tile. tile: bytes per token
-    of one full-width row of pre-activations. l0: active features a token.
+    of one full-width row of pre-activations. l0: active features a token. nulls: bytes for its null features, while they
+    are calibrated and while they are encoded beside it.
     """
 
     stored: int
@@ -49,6 +54,7 @@ class Footprint:
     temporary: int
     tile: int
     l0: float
+    nulls: int = 0
 
     def working(self, tokens: int) -> int:
         """Bytes while a batch of so many tokens is encoded and decoded, besides weights and site activations."""
@@ -69,6 +75,7 @@ def footprint_of(dictionary: SparseDictionary) -> Footprint:
         temporary=FLOAT * 4 * len(dictionary.sites_out) * dictionary.d_out,  # the reconstruction, and one target in float64
         tile=FLOAT * dictionary.features_per_layer,
         l0=dictionary.measured_l0 or dictionary.target_l0 or USUAL_L0,
+        nulls=0 if dictionary.is_multi_layer else FLOAT * NULL_FEATURES * (2 * dictionary.d_in + NULL_TOKENS),
     )
 
 
@@ -130,7 +137,7 @@ def plan_pass(
 
     def needs(together: list[Footprint]) -> int:
         on_host = held_bytes(together, shard_tokens) if device == "cpu" else 0
-        return sum(f.resident for f in together) + batch_bytes(together, batch_tokens) + on_host
+        return sum(f.resident + f.nulls for f in together) + batch_bytes(together, batch_tokens) + on_host
 
     disk = {sae: int(tokens[sae] * f.l0 * BYTES_PER_NONZERO) for sae, f in footprints.items()}
     room = int(shutil.disk_usage(_existing(store)).free * SHARE_OF_FREE)
@@ -141,6 +148,7 @@ def plan_pass(
         if alone > available:
             refused[sae] = (
                 f"needs {human_bytes(alone)} of memory (weights {human_bytes(footprint.resident)}, "
+                f"null features {human_bytes(footprint.nulls)}, "
                 f"batch {human_bytes(batch_bytes([footprint], batch_tokens))}, a shard's non-zeros {human_bytes(held)}), "
                 f"and {human_bytes(available)} are available: run it on a larger device, or raise subject.memory_gb"
             )

@@ -32,6 +32,8 @@ class SubjectModel:
     whose `assemble()` gives such a file. precision: float32 or bfloat16; `auto` is bfloat16 on CUDA, float32
     elsewhere; float16 is not offered because Gemma's residual stream overflows it. cache: where a GGUF is unpacked.
     serves: other names under which releases know this model, for a folder, a file or a package that does not say.
+    random_seed: the same architecture and tokenizer with the weights that its configuration initialises, drawn with this
+    seed, in place of the trained ones: what is found in such a model is no finding (Heap et al. 2025).
     """
 
     name: str
@@ -40,6 +42,7 @@ class SubjectModel:
     device: str = "auto"
     cache: Path = Path(".scopeatlas/models")
     serves: tuple[str, ...] = ()
+    random_seed: int | None = None
 
     def matches(self, model_name: str) -> bool:
         """Whether a release for `model_name` is one for this model.
@@ -94,19 +97,36 @@ class SubjectModel:
     @cached_property
     def model(self) -> "PreTrainedModel":
         """The model, in eval mode, on `resolved_device` and in `resolved_dtype`; vision-language models keep their wrapper."""
-        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        # Only eager attention caps Gemma 2's scores.
-        attention = "eager" if self.config.model_type == "gemma2" else None
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, revision=self.revision, dtype=self.resolved_dtype, attn_implementation=attention
-            )
+            model = self._pretrained() if self.random_seed is None else self._initialised(self.random_seed)
         except (OSError, ValueError) as error:
             raise self._cannot_load(error) from error
         return model.to(self.resolved_device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+
+    def _pretrained(self) -> "PreTrainedModel":
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder, revision=self.revision, dtype=self.resolved_dtype, attn_implementation=self._attention
+        )
+
+    def _initialised(self, seed: int) -> "PreTrainedModel":
+        """The model as training would start with it. The global generator is left as it was."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.folder, revision=self.revision)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=self.resolved_dtype, attn_implementation=self._attention)
+
+    @property
+    def _attention(self) -> str | None:
+        """Only eager attention caps Gemma 2's scores."""
+        return "eager" if self.config.model_type == "gemma2" else None
 
     def _cannot_load(self, error: Exception) -> SubjectModelError:
         return SubjectModelError(
@@ -131,7 +151,11 @@ class SubjectModel:
     @cached_property
     def identity(self) -> str:
         """A hash that changes when the weights do, without reading gigabytes: a Hub commit, or config, file names,
-        sizes and safetensors headers of a local folder."""
+        sizes and safetensors headers of a local folder; with random weights, their seed as well."""
+        return self._identity if self.random_seed is None else content_hash(self._identity, "random", self.random_seed)
+
+    @property
+    def _identity(self) -> str:
         path = Path(self.folder)
         if path.is_dir():
             return content_hash(

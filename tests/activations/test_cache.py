@@ -10,6 +10,7 @@ import torch
 from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
 from scopeatlas.activations.cache import text_mask as library_mask
 from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, held_bytes
+from scopeatlas.activations.nulls import Calibration
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
@@ -19,12 +20,12 @@ from scopeatlas.storage.store import Store
 from tests.conftest import Stored, entry_of, sae_tensors, text_mask, write_sae
 
 
-def data_of(store: Store) -> dict[str, bytes]:
-    """The bytes of every data file of the activations; records carry timings and are left out."""
+def data_of(store: Store, stage: str = "activations") -> dict[str, bytes]:
+    """The bytes of every data file of a stage; records carry timings and are left out."""
     root = store.root / "saes"
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
-        for path in root.rglob("activations/*")
+        for path in root.rglob(f"{stage}/*")
         if not path.name.endswith(".commit.json")
     }
 
@@ -127,7 +128,7 @@ def test_one_forward_pass_serves_every_sae(fresh, subject):
     finally:
         handle.remove()
     rows = [shape[0] for shape in contexts if shape[1] == fresh.corpus.facts["context_length"]]
-    assert sum(rows) == fresh.corpus.facts["contexts"]
+    assert sum(rows) == fresh.corpus.facts["contexts"] + len(Calibration(fresh.corpus, subject).contexts)
 
 
 def test_a_bad_sae_is_named_and_the_good_one_finishes(fresh, small, subject, residual, tmp_path):
@@ -240,7 +241,7 @@ def test_several_saes_at_several_sites_cost_the_forward_passes_of_one(fresh, sma
 def enough(stored: Stored, footprint: Footprint) -> int:
     """Bytes that one SAE of this footprint needs over the corpus."""
     shard = max(len(stored.corpus.contexts(shard)) for shard in stored.corpus.shards) * 64
-    return footprint.resident + batch_bytes([footprint], BATCH_CONTEXTS * 64) + held_bytes([footprint], shard)
+    return footprint.resident + footprint.nulls + batch_bytes([footprint], BATCH_CONTEXTS * 64) + held_bytes([footprint], shard)
 
 
 def test_what_does_not_fit_into_memory_together_is_split_and_gives_the_same_bytes(fresh, small, subject):

@@ -21,18 +21,16 @@ from scopeatlas.dictionaries.releases import describe_sae
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-root, corpus, moment, threads, *folders = sys.argv[1:]
+root, corpus, stage, number, threads, *folders = sys.argv[1:]
 torch.set_num_threads(int(threads))
 renamed, replace = 0, Path.replace
 
 def killed(self, target):
     global renamed
-    renamed += 1
-    # Two SAEs, three renames each a shard: the ninth is the record of the second shard's first SAE.
-    if renamed == 9 and moment == "before its record":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if renamed == 7 and moment == "inside a data file":
-        self.write_bytes(self.read_bytes()[:50])
+    renamed += target.parent.name == stage
+    if target.parent.name == stage and renamed == int(number):
+        if target.suffix == ".parquet":
+            self.write_bytes(self.read_bytes()[:50])
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
 
@@ -45,22 +43,31 @@ cache_activations(store, open_corpus(store, corpus), entries, subject)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before its record", "inside a data file"])
-def test_a_run_killed_in_the_middle_and_run_again_ends_as_an_uninterrupted_one(small, subject, tmp_path, moment):
+@pytest.mark.parametrize(
+    ("stage", "rename", "finished"),
+    [
+        # Two SAEs, three files each a shard: of the second shard's first SAE, the record and the non-zeros.
+        pytest.param("activations", 9, 2, id="before a record"),
+        pytest.param("activations", 7, 2, id="inside a data file"),
+        # The directions of two SAEs, then two files each a shard: the null features of the second shard's first SAE.
+        pytest.param("nulls", 9, 3, id="inside null features"),
+    ],
+)
+def test_a_run_killed_in_the_middle_and_run_again_ends_as_an_uninterrupted_one(small, subject, tmp_path, stage, rename, finished):
     import torch
 
     shutil.copytree(small.store.root / "corpus", tmp_path / "store" / "corpus")
     store = Store(tmp_path / "store")
     folders = [entry.folder for entry in small.entries]
-    arguments = [str(store.root), small.corpus.id, moment, str(torch.get_num_threads()), *folders]
+    arguments = [str(store.root), small.corpus.id, stage, str(rename), str(torch.get_num_threads()), *folders]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(store.root.rglob("activations/*.commit.json"))) == 2
+    assert len(list(store.root.rglob("activations/*.commit.json"))) == finished
     assert list(store.root.rglob(".tmp-*"))
 
     result = cache_activations(store, small.corpus, small.entries, subject)
-    assert (result.shards_reused, result.shards_done) == (2, 2 * len(small.corpus.shards) - 2)
+    assert (result.shards_reused, result.shards_done) == (finished, 2 * len(small.corpus.shards) - finished)
     assert store.sweep_unfinished() > 0
-    assert data_of(store) == data_of(small.store)
+    assert data_of(store) == data_of(small.store) and data_of(store, "nulls") == data_of(small.store, "nulls")

@@ -9,6 +9,7 @@ import torch
 from scopeatlas.activations import memory
 from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, plan_pass
 from scopeatlas.dictionaries.sparse import Activation, LayerWeights, LazyLayers, SparseDictionary
+from scopeatlas.storage.files import human_bytes
 from scopeatlas.subject.sites import Site
 
 LAYERS, D, F = 3, 8, 20
@@ -48,6 +49,16 @@ def test_a_streamed_dictionary_needs_one_layer_and_a_resident_one_all_of_them(cl
     resident = footprint_of(replace(clt, layers=tuple(clt.layers)))
     assert not resident.streamed and resident.resident == LAYERS * per_layer
     assert one.stored == resident.stored == LAYERS * per_layer + 4 * LAYERS * D
+
+
+def test_the_null_features_of_a_single_layer_are_counted_and_a_multi_layer_kind_has_none(clt, one):
+    single = replace(clt, kind="sae", sites_in=clt.sites_in[:1], layers=(layer(),))
+    nulls = footprint_of(single).nulls
+    assert one.nulls == 0 and nulls == 4 * memory.NULL_FEATURES * (2 * D + memory.NULL_TOKENS)
+    alone = replace(footprint_of(single), sites={})
+    enough = alone.resident + nulls + batch_bytes([alone], 64)
+    assert plan({"a": alone}, enough).chunks == [["a"]]
+    assert f"null features {human_bytes(nulls)}" in plan({"a": alone}, enough - 1).refused["a"]
 
 
 def test_half_precision_on_disk_is_counted_as_the_float32_that_it_becomes(clt):

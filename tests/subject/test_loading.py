@@ -55,6 +55,30 @@ def test_a_file_that_says_nothing_of_what_it_serves_is_taken_at_its_word():
     assert SubjectModel("package:some_gguf").matches("google/gemma-3-270m")
 
 
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_random_seed_gives_the_architecture_with_fresh_weights_the_same_for_the_same_seed(name, tmp_path):
+    made = TINY_MODELS[name](0)
+    made.save_pretrained(tmp_path)
+    trained = SubjectModel(str(tmp_path), device="cpu")
+    one, again, other = (replace(trained, random_seed=seed) for seed in (3, 3, 4))
+    embedding = [s.model.get_input_embeddings().weight for s in (trained, one, again, other)]
+    assert type(one.model) is type(made) and not one.model.training
+    assert torch.equal(embedding[1], embedding[2])
+    assert not torch.allclose(embedding[1], embedding[0]) and not torch.allclose(embedding[1], embedding[3])
+    assert len({s.identity for s in (trained, one, other)}) == 3 and one.identity == again.identity
+
+
+def test_drawing_random_weights_leaves_the_global_generator_alone(tmp_path):
+    tiny_gemma2().save_pretrained(tmp_path)
+    before = torch.random.get_rng_state()
+    assert SubjectModel(str(tmp_path), device="cpu", random_seed=0).model.config._attn_implementation == "eager"
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_random_weights_keep_the_tokenizer(subject):
+    assert replace(subject, random_seed=0).tokenizer_identity == subject.tokenizer_identity
+
+
 @pytest.fixture
 def folder(subject, tmp_path):
     """A copy of the model's folder, its weights linked."""
