@@ -1,0 +1,1 @@
+"""Instruments that put a claim and windows of text before a judge: detection, fuzzing, intruder, simulation."""
