@@ -85,12 +85,14 @@ def activation_cache(
             metadata["forward_passes_of_the_run"] = dg.MetadataValue.int(result.forward_passes)
         return metadata, generation(cache.activation_keys(run.corpus, entry, run.subject)), result.reused
 
-    yield from each_sae(context, replace(run, blocked=stopped), describe, checks=[_check(stopped, len(context.partition_keys))])
+    yield from each_sae(
+        context, replace(run, blocked=stopped), describe, checks=lambda: [_check(stopped, len(context.partition_keys))]
+    )
 
 
 def _is_scored(run: SaeRun, entry: SaeEntry, labelling: LabellingResource) -> bool:
     """Whether everything that reads activations is finished, so that pruned ones need not come back."""
-    key = scores_key(run.corpus, entry, run.subject, labelling.labels(), labelling.scores())
+    key = scores_key(run.store, run.corpus, entry, run.subject, labelling.labels(), labelling.scores())
     return run.store.stage(entry.key, run.corpus.id, "scores").is_done(key)
 
 

@@ -1,18 +1,57 @@
-"""The feature labels asset. Not here: how labels are proposed (scopeatlas/labels)."""
+"""The feature labels asset and its blocking checks. Not here: how labels are proposed (scopeatlas/labels)."""
+
+from dataclasses import dataclass, field
 
 import dagster as dg
+from pydantic import Field
 
 from assets.examples import feature_examples
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
-from assets.previews import label_preview
-from assets.support import Events, Outcome, each_sae, failures, open_run
+from assets.previews import counts_table, label_preview
+from assets.support import Events, Outcome, SaeRun, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.labelling import LabellingResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
+from scopeatlas.corpus.leakage import find_leaks
 from scopeatlas.dictionaries.releases import SaeEntry
+from scopeatlas.errors import LeakError
 from scopeatlas.labels import stage
+from scopeatlas.llm.journal import open_journal
+from scopeatlas.llm.ledger import Spent
 from scopeatlas.mining.examples import examples_key, open_examples
+from scopeatlas.selection import Wanted, features_wanted
+
+MOST_INVALID = 0.5
+"""Of the LLM's answers; above it the model does not keep to the schema, and scoring with it would be money thrown away."""
+
+
+class LabelRun(dg.Config):
+    """What this run asks the LLM to explain, beside what was asked before. Without any of it: the best-evidenced features.
+
+    A feature costs about 3,500 tokens to explain and 2,000 to 9,000 to score with a judge (`bench/token_costs.py`); the job
+    `label_cost`, launched with the same config, says what this very run would cost and spends nothing.
+    """
+
+    features: str = Field(default="", description="Features by number, such as 12,40-48 (LAYER.INDEX of a multi-layer SAE).")
+    query: str = Field(default="", description="The features that a search for these words finds.")
+    text: str = Field(default="", description="The features that fire most on this text.")
+    count: int = Field(default=20, ge=1, description="How many features a query or a text stands for.")
+    retry_errors: bool = Field(default=False, description="Ask again, and pay again, where an answer was not usable.")
+
+    def wanted(self) -> Wanted:
+        return Wanted(features=self.features, query=self.query, text=self.text, count=self.count)
+
+
+@dataclass
+class _Tally:
+    """What the checks look at, over the SAEs of the run."""
+
+    leaks: dict[str, str] = field(default_factory=dict)
+    documents: str = ""
+    asked: int = 0
+    invalid: int = 0
+    unanswered: int = 0
 
 
 @dg.asset(
@@ -24,16 +63,31 @@ from scopeatlas.mining.examples import examples_key, open_examples
     owners=OWNERS,
     pool="llm",
     code_version=str(stage.STAGE_VERSION),
+    check_specs=[
+        dg.AssetCheckSpec(
+            name,
+            asset="feature_labels",
+            blocking=True,
+            description=description,
+        )
+        for name, description in {
+            "no_leak": "No document that a label was proposed from is one that it is chosen or scored on.",
+            "answers_valid": "The LLM's answers keep to the schema; fails where most do not.",
+            "within_budget": "What was spent and what may still be charged stays within the budget.",
+        }.items()
+    ],
     metadata={
         "dagster/column_schema": dg.TableSchema(
             columns=[
                 dg.TableColumn("feature", "uint32", "Index of the feature."),
-                dg.TableColumn("method", "string", "rule or llm."),
-                dg.TableColumn("status", "string", "ok, or why there is no label: dead, rare, dense, incoherent, ..."),
+                dg.TableColumn("method", "string", "rule, llm, imported or human."),
+                dg.TableColumn("version", "string", "Which labeller: the rules' version, or model and prompt, or author."),
+                dg.TableColumn("status", "string", "ok, or why there is no label: dead, rare, dense, incoherent, falsified, ..."),
                 dg.TableColumn("label", "string", "A few words; empty when refused."),
                 dg.TableColumn("reads", "string", "What it fires on, as a sentence."),
                 dg.TableColumn("writes", "string", "What it promotes in the output."),
                 dg.TableColumn("rule", "string", "The rule as data, to be run again on any text."),
+                dg.TableColumn("select_score", "float32", "What the label was chosen by, on select documents."),
                 dg.TableColumn("current", "bool", "Whether this is the label shown."),
             ]
         )
@@ -41,26 +95,94 @@ from scopeatlas.mining.examples import examples_key, open_examples
 )
 def feature_labels(
     context: dg.AssetExecutionContext,
+    config: LabelRun,
     store: StoreResource,
     corpus: CorpusResource,
     subject: SubjectResource,
     labelling: LabellingResource,
 ) -> Events:
-    """A label or a typed refusal for every feature: rules proposed on explain documents, chosen on select ones; an LLM if configured."""
+    """A label or a typed refusal for every feature: proposed on explain documents, chosen on select ones, tried to falsify."""
     with failures("feature_labels"):
         run = open_run(context, store, corpus, subject)
+    tally = _Tally()
 
     def label(entry: SaeEntry) -> Outcome:
-        settings = labelling.labels()
-        labels, reused = stage.label_features(run.store, run.corpus, entry, run.subject, settings=settings, log=context.log.info)
-        statuses = labels.by_status()
-        total = sum(statuses.values())
+        labels, reused = stage.label_features(
+            run.store,
+            run.corpus,
+            entry,
+            run.subject,
+            settings=labelling.labels(),
+            only=features_wanted(config.wanted(), run.store, entry, run.subject),
+            retry_errors=config.retry_errors,
+            log=context.log.info,
+        )
+        _look(tally, run, entry, labels)
         windows = open_examples(run.store, run.corpus.id, entry.key, examples_key(run.corpus, entry, run.subject)).examples
-        metadata: dict[str, dg.MetadataValue] = {
-            "labelled_share": dg.MetadataValue.float(round(statuses.get("ok", 0) / total, 4)),
-            **{f"status_{name}": dg.MetadataValue.int(count) for name, count in statuses.items()},
-            "preview": label_preview(labels.current, windows),
-        }
-        return metadata, labels.key.identity, reused
+        preview = label_preview(labels.current, windows, labels.falsification)
+        return describe(labels) | {"preview": preview}, labels.key.identity, reused
 
-    yield from each_sae(context, run, label)
+    def checks() -> list[dg.AssetCheckResult]:
+        with open_journal(run.store.root) as journal:
+            spent = journal.spent()
+        return _checks(tally, spent, labelling.labels().explainer.max_tokens_total, len(context.partition_keys))
+
+    yield from each_sae(context, run, label, checks=checks)
+
+
+def _look(tally: _Tally, run: SaeRun, entry: SaeEntry, labels: stage.FeatureLabels) -> None:
+    """What one SAE's labels mean for the checks. Raises LeakError where a document is on both sides."""
+    leaks = find_leaks(run.corpus, stage.documents_read(labels.table))
+    tally.documents = str(leaks)
+    tally.asked += labels.tally.asked
+    tally.invalid += labels.tally.invalid
+    tally.unanswered += labels.tally.unanswered
+    if leaks.found:
+        tally.leaks[entry.key] = str(leaks)
+        raise LeakError(f"{leaks}; build the corpus again under another name")
+
+
+def _checks(tally: _Tally, spent: Spent, limit: int, saes: int) -> list[dg.AssetCheckResult]:
+    """Blocks the run where going on would be wrong for every SAE of it; what is about some of them warns."""
+    error, warn = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+    invalid_share = tally.invalid / max(tally.asked - tally.unanswered, 1)
+    used = spent.settled_tokens + spent.open_tokens
+    return [
+        dg.AssetCheckResult(
+            check_name="no_leak",
+            passed=not tally.leaks,
+            severity=error if len(tally.leaks) == saes else warn,
+            description="; ".join(f"{key}: {leak}" for key, leak in tally.leaks.items()) or tally.documents,
+            metadata={"shared_documents": len(tally.leaks)},
+        ),
+        dg.AssetCheckResult(
+            check_name="answers_valid",
+            passed=not tally.invalid,
+            severity=error if invalid_share > MOST_INVALID else warn,
+            description=f"{tally.invalid} of {tally.asked - tally.unanswered} answers are not usable; they are kept, and can be asked for again",
+            metadata={"asked": tally.asked, "invalid": tally.invalid},
+        ),
+        dg.AssetCheckResult(
+            check_name="within_budget",
+            passed=used <= limit and not tally.unanswered,
+            severity=error if used > limit else warn,
+            description=f"{used:,} of {limit:,} tokens are used or reserved; {tally.unanswered} features are left for the next run",
+            metadata={"settled_tokens": spent.settled_tokens, "open_tokens": spent.open_tokens, "unanswered": tally.unanswered},
+        ),
+    ]
+
+
+def describe(labels: stage.FeatureLabels) -> dict[str, dg.MetadataValue]:
+    """Labels as metadata: coverage, refusals by reason, spend, what failed its predictions."""
+    tally = labels.tally
+    metadata: dict[str, dg.MetadataValue] = {
+        "coverage": dg.MetadataValue.float(round(labels.coverage, 4)),
+        **{f"status_{name}": dg.MetadataValue.int(count) for name, count in labels.by_status().items()},
+        "refusals": counts_table("reason", {k: v for k, v in labels.by_status().items() if k != "ok"}),
+        "asked": dg.MetadataValue.int(tally.asked),
+        "unusable_answers": dg.MetadataValue.int(tally.invalid),
+        "unanswered": dg.MetadataValue.int(tally.unanswered),
+        "prompt_tokens": dg.MetadataValue.int(tally.prompt_tokens),
+        "completion_tokens": dg.MetadataValue.int(tally.completion_tokens),
+    }
+    return metadata | ({"usd": dg.MetadataValue.float(tally.usd)} if tally.usd is not None else {})

@@ -4,14 +4,16 @@ import dagster as dg
 
 from assets.labels import feature_labels
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
-from assets.previews import histogram_image, score_table
+from assets.previews import report_markdown, score_image, score_preview
 from assets.support import Events, Outcome, each_sae, failures, open_run
 from resources.corpus import CorpusResource
+from resources.embedder import EmbedderResource
 from resources.labelling import LabellingResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.scoring import stage
+from scopeatlas.scoring.report import Report
 
 
 @dg.asset(
@@ -19,18 +21,26 @@ from scopeatlas.scoring import stage
     partitions_def=SAES,
     backfill_policy=SHARED_RUNS,
     group_name="labels",
-    kinds={"polars", "parquet"},
+    kinds={"polars", "openai", "parquet"},
     owners=OWNERS,
+    pool="llm",
     code_version=str(stage.STAGE_VERSION),
     metadata={
         "dagster/column_schema": dg.TableSchema(
             columns=[
                 dg.TableColumn("feature", "uint32", "Index of the feature."),
-                dg.TableColumn("status", "string", "scored, or too_few_documents."),
-                dg.TableColumn("unit", "string", "token, or context for topics."),
-                dg.TableColumn("f1", "float32", "With f1_low and f1_high: 95 % interval, bootstrap over documents."),
-                dg.TableColumn("shuffled_f1", "float32", "Another feature's rule on this feature: the control."),
-                dg.TableColumn("lift", "float32", "F1 above the constant answer's, as a share of what could be gained."),
+                dg.TableColumn("label_id", "string", "The label that is tested."),
+                dg.TableColumn("claim", "string", "reads or writes."),
+                dg.TableColumn(
+                    "scorer", "string", "rule_execution, detection, fuzzing, intruder, simulation, retrieval, steering."
+                ),
+                dg.TableColumn("arm", "string", "own, or a control: shuffled, constant, trigger_tokens, random_direction, ..."),
+                dg.TableColumn("status", "string", "scored, or why not."),
+                dg.TableColumn("unit", "string", "token, context, window or prompt."),
+                dg.TableColumn("balanced_accuracy", "float32", "With _low and _high: 95 % interval, bootstrap over documents."),
+                dg.TableColumn("f1", "float32", "At the natural base rate."),
+                dg.TableColumn("lift", "float32", "Above the shuffled label, paired."),
+                dg.TableColumn("q_value", "float32", "False discovery rate at which the label is above the shuffled one."),
             ]
         )
     },
@@ -41,8 +51,9 @@ def label_scores(
     corpus: CorpusResource,
     subject: SubjectResource,
     labelling: LabellingResource,
+    embedder: EmbedderResource,
 ) -> Events:
-    """Every rule label executed on report documents, with intervals over documents and the shuffled-label control beside it."""
+    """Every label tested on report documents, with intervals over documents and every control in the same table."""
     with failures("label_scores"):
         run = open_run(context, store, corpus, subject)
 
@@ -54,20 +65,34 @@ def label_scores(
             run.subject,
             labels=labelling.labels(),
             settings=labelling.scores(),
+            embed=embedder.open().embed,
             log=context.log.info,
         )
-        scored = scores.scored
-        metadata: dict[str, dg.MetadataValue] = {
-            "scored": dg.MetadataValue.int(len(scored)),
-            "refused": dg.MetadataValue.int(len(scores.table) - len(scored)),
-        }
-        if len(scored):
-            for name in ("f1", "shuffled_f1", "lift", "precision", "recall", "balanced_accuracy"):
-                metadata[f"mean_{name}"] = dg.MetadataValue.float(round(float(scored[name].mean()), 4))  # type: ignore[arg-type]
-            metadata["f1_histogram"] = histogram_image(
-                scored["f1"], "F1 on report documents", "labels", control=scored["shuffled_f1"]
-            )
-            metadata["best_and_worst"] = score_table(scored)
-        return metadata, scores.key.identity, reused
+        for line in scores.report.lines():
+            context.log.info(f"label scores: {line}")
+        return describe(scores), scores.key.identity, reused
 
     yield from each_sae(context, run, score)
+
+
+def describe(scores: stage.LabelScores) -> dict[str, dg.MetadataValue]:
+    """Scores as metadata: numbers that chart, each beside its control; the report, the picture, five features."""
+    return {
+        **numbers(scores.report),
+        "report": report_markdown(scores.report),
+        "distribution": score_image(scores.table),
+        "preview": score_preview(scores.table, scores.outcomes),
+    }
+
+
+def numbers(report: Report) -> dict[str, dg.MetadataValue]:
+    """Coverage, and per scorer the main metric beside every control."""
+    found: dict[str, dg.MetadataValue] = {"labelled": dg.MetadataValue.int(report.labelled)}
+    for summary in report.scorers:
+        found[f"{summary.scorer}_tokens"] = dg.MetadataValue.int(summary.tokens)
+        found[f"{summary.scorer}_discoveries"] = dg.MetadataValue.int(summary.discoveries)
+        for shown in summary.comparisons:
+            name = f"{shown.scorer}_{shown.metric}"
+            found[name] = dg.MetadataValue.float(round(shown.own.value, 4))
+            found[f"{name}_{shown.control}"] = dg.MetadataValue.float(round(shown.controlled.value, 4))
+    return found

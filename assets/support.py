@@ -86,9 +86,10 @@ def each_sae(
     run: SaeRun,
     work: Callable[[SaeEntry], Outcome],
     *,
-    checks: Sequence[dg.AssetCheckResult] = (),
+    checks: Callable[[], Sequence[dg.AssetCheckResult]] = tuple,
 ) -> Events:
-    """Do `work` for every SAE that nothing has stopped; each has its own outcome on its own partition.
+    """Do `work` for every SAE that nothing has stopped; each has its own outcome on its own partition. `checks` is
+    called after the last.
 
     An SAE that fails is named, remembered in the store and left unmaterialised; the others go on. The last stage of the
     run then fails, so that Dagster shows exactly those partitions as failed, and a backfill of them comes to an end.
@@ -110,7 +111,7 @@ def each_sae(
     if stopped:
         yield from _only_the_done(context, done)
         if not done or _is_last(context, stage):
-            yield from checks
+            yield from checks()
             raise _failure(stopped, len(context.partition_keys))
     else:
         context.run.tags.pop(_SAY_MATERIALISATIONS, None)  # pyright: ignore[reportAttributeAccessIssue]  # of an earlier step
@@ -118,7 +119,7 @@ def each_sae(
         context.add_asset_metadata({**metadata, "reused": dg.MetadataValue.bool(reused)}, partition_key=key)
     # A run of several partitions has one data version to give in its result, so it gives none rather than a wrong one.
     only = next(iter(done.values()))[1] if len(context.partition_keys) == 1 else None
-    yield dg.MaterializeResult(data_version=dg.DataVersion(only[:16]) if only else None, check_results=list(checks))
+    yield dg.MaterializeResult(data_version=dg.DataVersion(only[:16]) if only else None, check_results=list(checks()))
 
 
 def _only_the_done(context: dg.AssetExecutionContext, done: Mapping[str, Outcome]) -> Iterator[dg.AssetMaterialization]:

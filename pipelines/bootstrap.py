@@ -80,33 +80,37 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def materialise(instance: dg.DagsterInstance, resources: dict, keys: list[str]) -> bool:
-    """Run index_release for `keys` in this process; returns whether every run succeeded."""
+def materialise(
+    instance: dg.DagsterInstance, resources: dict, keys: list[str], *, job: str = "index_release", ops: dict | None = None
+) -> bool:
+    """Run a job for `keys` in this process, with the config `ops` for its steps; returns whether every run succeeded."""
     from pipelines.definitions import build_defs
 
     for run_id in release_dead_runs(instance):
         print(f"run {run_id[:8]} was killed; its place is freed and its finished shards are reused")
     with alive(instance) as lock:
-        return _run(build_defs(resources), instance, keys, lock)
+        return _run(build_defs(resources).resolve_job_def(job), instance, keys, lock, ops or {})
 
 
-def _run(definitions: dg.Definitions, instance: dg.DagsterInstance, keys: list[str], lock: str) -> bool:
-    job = definitions.resolve_job_def("index_release")
-    succeeded = True
-    for chunk in stretches(keys, list(instance.get_dynamic_partitions(SAES_NAME))):
-        config = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
-        tags = {RANGE_START: chunk[0], RANGE_END: chunk[-1], PROCESS_LOCK: lock}
-        result = job.execute_in_process(run_config=config, instance=instance, tags=tags, raise_on_error=False)
-        for event in result.all_events:
-            if event.event_type == dg.DagsterEventType.STEP_FAILURE:
-                data = event.step_failure_data
-                reason = data.user_failure_data.description if data.user_failure_data else None
-                print(
-                    f"error: {event.step_key}: {reason or (data.error.message if data.error else 'failed')}".strip(),
-                    file=sys.stderr,
-                )
-        succeeded = succeeded and result.success
-    return succeeded
+def _run(job: dg.JobDefinition, instance: dg.DagsterInstance, keys: list[str], lock: str, ops: dict) -> bool:
+    chunks = stretches(keys, list(instance.get_dynamic_partitions(SAES_NAME)))
+    tags = [{RANGE_START: chunk[0], RANGE_END: chunk[-1], PROCESS_LOCK: lock} for chunk in chunks]
+    return all([execute(job, instance, ops=ops, tags=chosen) for chosen in tags])
+
+
+def execute(job: dg.JobDefinition, instance: dg.DagsterInstance, *, ops: dict, tags: dict[str, str]) -> bool:
+    """One run of a job in this process, its failures said in one line each; returns whether it succeeded."""
+    config = {"loggers": {"console": {"config": {"log_level": "INFO"}}}, "ops": ops}
+    result = job.execute_in_process(run_config=config, instance=instance, tags=tags, raise_on_error=False)
+    for event in result.all_events:
+        if event.event_type == dg.DagsterEventType.STEP_FAILURE:
+            data = event.step_failure_data
+            reason = data.user_failure_data.description if data.user_failure_data else None
+            print(
+                f"error: {event.step_key}: {reason or (data.error.message if data.error else 'failed')}".strip(),
+                file=sys.stderr,
+            )
+    return result.success
 
 
 def main() -> int:
@@ -118,11 +122,8 @@ def main() -> int:
         os.environ[VARIABLE] = str(arguments.config)
     started = time.monotonic()
     try:
-        if not os.environ.get("DAGSTER_HOME"):
-            raise ConfigError("DAGSTER_HOME is not set: history would be lost; use make, or export DAGSTER_HOME=$PWD")
         resources = load_scenario(scenario_path())
-        with dg.DagsterInstance.get() as instance:
-            _quieten()
+        with open_instance() as instance:
             keys = register(instance, resources)
             print(f"{len(keys)} SAEs registered: {', '.join(keys)}")
             if not arguments.run:
@@ -133,6 +134,16 @@ def main() -> int:
         return 2
     print(f"{'finished' if succeeded else 'failed'} after {time.monotonic() - started:.0f} s")
     return 0 if succeeded else 1
+
+
+@contextmanager
+def open_instance() -> Iterator[dg.DagsterInstance]:
+    """The instance of $DAGSTER_HOME, on a quiet console. Raises ConfigError where that is not set."""
+    if not os.environ.get("DAGSTER_HOME"):
+        raise ConfigError("DAGSTER_HOME is not set: history would be lost; use make, or export DAGSTER_HOME=$PWD")
+    with dg.DagsterInstance.get() as instance:
+        _quieten()
+        yield instance
 
 
 def _quieten() -> None:

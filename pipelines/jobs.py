@@ -2,6 +2,8 @@
 
 import dagster as dg
 
+from assets.costs import observe_label_cost
+
 index_release = dg.define_asset_job(
     "index_release",
     selection=dg.AssetSelection.assets("feature_index").upstream(),
@@ -26,4 +28,10 @@ refresh_catalog = dg.define_asset_job(
     description="Look at every source of releases, and bring the catalog up to what was done with each SAE.",
 )
 
-JOBS = [index_release, relabel, rebuild_index, refresh_catalog]
+
+@dg.job(description="What explaining features of one SAE would cost, before anything is spent.")
+def label_cost() -> None:
+    observe_label_cost()
+
+
+JOBS = [index_release, relabel, rebuild_index, refresh_catalog, label_cost]

@@ -1,44 +1,75 @@
-"""How features are labelled and scored, and the LLM that may explain them. Not here: doing it (scopeatlas/labels)."""
+"""How features are labelled and tested, and the LLMs that may explain and judge. Not here: doing it (scopeatlas/labels)."""
+
+from typing import Literal
 
 import dagster as dg
 from pydantic import Field
 
-from scopeatlas.labels.chat import ExplainerConfig
+from scopeatlas.labels.explainers import ExplainMethod
 from scopeatlas.labels.rule_labeller import RuleSettings
 from scopeatlas.labels.stage import LabelSettings
+from scopeatlas.llm.config import ServerConfig
 from scopeatlas.scoring.stage import ScoreSettings
 
 
-class ExplainerSettings(dg.Config):
-    """An OpenAI-compatible LLM that explains features; off unless it names a model."""
+class ServerSettings(dg.Config):
+    """An OpenAI-compatible LLM; off unless it names a model."""
 
     model: str = Field(default="", description="The model's name at the server; empty is off.")
     base_url: str | None = Field(default=None, description="The server, if not OpenAI's: vLLM, llama.cpp, Ollama and so on.")
     api_key_variable: str = Field(default="OPENAI_API_KEY", description="Name of the environment variable that holds the key.")
-    max_features: int = Field(default=100, ge=0, description="Explain at most so many features of each SAE.")
-    max_tokens_total: int = Field(default=2_000_000, description="A run stops before it would pass so many tokens.")
-    max_concurrency: int = Field(default=4, ge=1, description="Requests in flight.")
+    temperature: float = Field(default=0.0, description="Of its answers; 0 is not yet determinism, so answers are kept.")
+    timeout_seconds: float = Field(default=60, description="For a whole request, answer included.")
+    max_concurrency: int = Field(default=8, ge=1, description="Requests in flight at most; fewer while the server pushes back.")
+    max_attempts: int = Field(default=5, ge=1, description="How often one request is sent at most.")
+    requests_per_minute: int | None = Field(default=None, description="The account's limit, if it has one.")
+    tokens_per_minute: int | None = Field(default=None, description="The account's limit, if it has one.")
+    max_tokens_total: int = Field(
+        default=2_000_000,
+        description="Tokens that this store may ever use, by whatever model; no request goes out that would pass it.",
+    )
+    max_usd_total: float | None = Field(default=None, description="The same in US dollars; needs the prices.")
+    usd_per_million_input: float | None = Field(default=None, description="Price of prompt tokens.")
+    usd_per_million_cached: float | None = Field(default=None, description="Price of prompt tokens that the server had cached.")
+    usd_per_million_output: float | None = Field(default=None, description="Price of answers.")
+    tokenizer: str | None = Field(default=None, description="Folder or Hub id of the server's tokenizer, to count exactly.")
+    batch: Literal["off", "provider", "local"] = Field(
+        default="off",
+        description="provider: the Batch API, at half the price within a day; local: the same files, our own runner.",
+    )
+    offline: bool = Field(default=False, description="Refuse any server that is not on this machine.")
 
-    def config(self) -> ExplainerConfig:
-        return ExplainerConfig(
-            model=self.model,
-            base_url=self.base_url,
-            api_key_variable=self.api_key_variable,
-            max_tokens_total=self.max_tokens_total,
-            max_concurrency=self.max_concurrency,
-        )
+    def config(self) -> ServerConfig:
+        return ServerConfig(**self.model_dump())
 
 
 class LabellingResource(dg.ConfigurableResource):
-    """When a label is given, when it is refused, and when it is scored."""
+    """When a label is given, when it is refused, how it is tested."""
 
-    explainer: ExplainerSettings = ExplainerSettings()
+    explainer: ServerSettings = Field(default=ServerSettings(), description="Explains features; off unless it names a model.")
+    judge: ServerSettings = Field(
+        default=ServerSettings(), description="Judges whether texts fit a label; better another model than the explainer."
+    )
+    second_judge: ServerSettings = Field(default=ServerSettings(), description="Judges a tenth of the features again.")
+    method: ExplainMethod = Field(
+        default="combined",
+        description="What the explainer is shown: max_activating, quantile_mixed, contrastive, output_centric or all combined.",
+    )
+    max_features: int = Field(default=100, ge=0, description="Explain at most so many features of each SAE unasked.")
+    falsified_features: int = Field(
+        default=128, ge=0, description="Run predictions of so many features' labels through the subject model; 0 is off."
+    )
     min_lift: float = Field(default=0.3, description="A rule must gain this much on select documents, after its complexity cost.")
     max_density: float = Field(default=0.1, description="A feature that fires on a larger share of tokens is dense: refused.")
     min_contexts: int = Field(default=6, description="A feature that fires in fewer explain contexts is rare: refused.")
     min_documents: int = Field(default=3, description="A feature that fires in fewer explain documents is refused.")
     min_report_documents: int = Field(
         default=3, description="A label is scored only if its feature fires in as many report documents."
+    )
+    judged_features: int = Field(default=100, ge=0, description="Labels that the judge tests at most, of each SAE.")
+    retrieved_features: int = Field(default=64, ge=0, description="Labels tested by embedding retrieval, of each SAE; 0 is off.")
+    steered_features: int = Field(
+        default=16, ge=0, description="`writes` claims tested by steering the subject model, of each SAE; 0 is off."
     )
 
     def labels(self) -> LabelSettings:
@@ -48,7 +79,21 @@ class LabellingResource(dg.ConfigurableResource):
             min_contexts=self.min_contexts,
             min_documents=self.min_documents,
         )
-        return LabelSettings(rules, self.explainer.config(), self.explainer.max_features)
+        return LabelSettings(
+            rules,
+            explainer=self.explainer.config(),
+            judge=self.judge.config(),
+            method=self.method,
+            llm_features=self.max_features,
+            falsified_features=self.falsified_features,
+        )
 
     def scores(self) -> ScoreSettings:
-        return ScoreSettings(min_report_documents=self.min_report_documents)
+        return ScoreSettings(
+            min_report_documents=self.min_report_documents,
+            judge=self.judge.config(),
+            second_judge=self.second_judge.config(),
+            judged_features=self.judged_features,
+            retrieved_features=self.retrieved_features,
+            steered_features=self.steered_features,
+        )

@@ -9,12 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 import click
 
 from scopeatlas import __version__
+from scopeatlas.cli_labels import annotate, report, spent
 from scopeatlas.errors import DictionaryError, ScopeAtlasError, StoreError
 
 if TYPE_CHECKING:
@@ -22,11 +24,20 @@ if TYPE_CHECKING:
     from scopeatlas.storage.store import Store
 
 STORE_VARIABLE = "SCOPE_ATLAS_STORE"
+COMMANDS = "scopeatlas.commands"
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 
 class _Group(click.Group):
-    """Ends with one line and exit code 2, never with a traceback, on errors that the library raises on purpose."""
+    """Ends with one line and exit code 2, never with a traceback, on errors that the library raises on purpose. Takes in
+    commands that installed packages offer under `scopeatlas.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *entry_points(group=COMMANDS).names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        offered = entry_points(group=COMMANDS, name=cmd_name)
+        return super().get_command(ctx, cmd_name) or next((offer.load() for offer in offered), None)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -152,7 +163,8 @@ def show(root: Path, sae: str, feature: str, examples: int, as_json: bool) -> No
     hit = open_atlas(root).feature(sae, feature)
     evidence = read_evidence(Store(root), hit)
     if as_json:
-        rendering.print_json({"feature": asdict(hit), "score": evidence.score, "examples": [asdict(w) for w in evidence.windows]})
+        tables = {name: table.to_dicts() for name, table in vars(evidence).items() if name != "windows"}
+        rendering.print_json({"feature": asdict(hit), **tables, "examples": [asdict(w) for w in evidence.windows]})
     else:
         rendering.print_feature(rendering.console(), hit, evidence, examples=examples)
 
@@ -328,6 +340,11 @@ def _store(root: Path) -> "Store":
     if not root.is_dir():
         raise StoreError(f"no store at {root}; run the pipeline first, or set --store or {STORE_VARIABLE}")
     return Store(root)
+
+
+cli.add_command(annotate)
+cli.add_command(report)
+cli.add_command(spent)
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
-"""What stands behind one feature of the atlas: the windows it fires in and the whole test of its label.
+"""What stands behind one feature of the atlas: the windows it fires in, its labels, and the whole test of the one shown.
 
 What belongs here: reading both back from the store's stages. What does not: the row itself (`atlas/search.py`), or
 showing any of it (`rendering.py`).
 """
 
-import math
 from dataclasses import dataclass
 
 import polars as pl
@@ -33,16 +32,41 @@ class Window:
 
 @dataclass(frozen=True)
 class FeatureEvidence:
-    """windows: none where the examples stage is not in the store. score: the row of the scores stage that the atlas
-    published (`scoring.stage.score_rules` names its columns), or None."""
+    """What the store's newest stages say of one feature; whatever is not in the store is empty.
+
+    windows: examples. labels: every label it was ever given (LABEL_SCHEMA). scores: every test of the label that the
+    atlas shows, controls and all (SCORE_SCHEMA). outcomes: hits, misses and false alarms of that label on report
+    documents (outcome, scorer, text). counter_examples: texts on which a prediction of one of its labels failed.
+    """
 
     windows: tuple[Window, ...]
-    score: dict[str, object] | None
+    labels: pl.DataFrame
+    scores: pl.DataFrame
+    outcomes: pl.DataFrame
+    counter_examples: pl.DataFrame
 
 
 def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
-    """The newest examples of a feature, and its score if that is the one its row in the atlas tells of."""
-    return FeatureEvidence(_windows(store, hit), _score(store, hit))
+    """The evidence behind a feature of the atlas."""
+
+    def rows(stage: str, suffix: str, column: str, value: object) -> pl.DataFrame:
+        record = newest_record(store, hit.sae, hit.corpus, stage)
+        path = record and store.stage(hit.sae, hit.corpus, stage).data_path(record.key, suffix)
+        if path is None or not path.exists() or column not in pl.read_parquet_schema(path):
+            return pl.DataFrame()
+        return pl.scan_parquet(path).filter(pl.col(column) == value).collect()
+
+    return FeatureEvidence(
+        windows=_windows(store, hit),
+        labels=rows("labels", ".parquet", "feature", hit.feature),
+        scores=rows("scores", ".parquet", "label_id", hit.label_id),
+        outcomes=rows("scores", ".outcomes.parquet", "label_id", hit.label_id),
+        counter_examples=_failed(rows("labels", ".falsification.parquet", "feature", hit.feature)),
+    )
+
+
+def _failed(predictions: pl.DataFrame) -> pl.DataFrame:
+    return predictions if predictions.is_empty() else predictions.filter(~pl.col("passed"))
 
 
 def _windows(store: Store, hit: FeatureHit) -> tuple[Window, ...]:
@@ -69,16 +93,3 @@ def _windows(store: Store, hit: FeatureHit) -> tuple[Window, ...]:
         )
         for row in table.iter_rows(named=True)
     )
-
-
-def _score(store: Store, hit: FeatureHit) -> dict[str, object] | None:
-    record = newest_record(store, hit.sae, hit.corpus, "scores")
-    if record is None or hit.f1 is None:
-        return None
-    path = store.stage(hit.sae, hit.corpus, "scores").data_path(record.key, ".parquet")
-    if not path.exists():
-        return None
-    rows = pl.scan_parquet(path).filter(pl.col("feature") == hit.feature).collect().to_dicts()
-    # A later run of the stage may have tested another label than the published one.
-    same = [row for row in rows if row["f1"] is not None and math.isclose(row["f1"], hit.f1, abs_tol=1e-6)]
-    return same[0] if same else None

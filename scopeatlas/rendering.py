@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from scopeatlas.atlas.search import FeatureHit, SearchResults
     from scopeatlas.evidence import FeatureEvidence, Window
+    from scopeatlas.llm.ledger import Spent
     from scopeatlas.upkeep import SaeStatus
 
 PIPED_WIDTH = 4096
@@ -33,6 +34,25 @@ SHOWN_SPLITS = {
     "report": "report documents: held out, what the label is scored on",
     "explain": "explain documents: what labels are proposed from",
 }
+SCORERS = {
+    "rule_execution": "the rule executed",
+    "detection": "detection by a judge",
+    "fuzzing": "fuzzing by a judge",
+    "intruder": "intruder by a judge",
+    "simulation": "simulation",
+    "retrieval": "embedding retrieval",
+    "steering": "steering",
+}
+ARMS = {
+    "own": "this label",
+    "shuffled": "a shuffled label",
+    "constant": "always yes",
+    "trigger_tokens": "its most frequent tokens",
+    "random_direction": "a random direction",
+    "random_model": "a random model",
+    "second_judge": "a second judge",
+}
+OUTCOMES = {"hit": "hit", "miss": "missed", "false_alarm": "false alarm"}
 TOP_PER_STRATUM = 4
 """One window from each stratum is shown for so many of the strongest."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -91,10 +111,13 @@ def quoted(tokens: Iterable[str]) -> str:
 
 
 def score_line(hit: "FeatureHit") -> str:
-    """F1 with its interval, and the control that says what it is worth."""
+    """What the test came to with its interval, and the control that says what it is worth."""
     if hit.f1 is None:
         return "not scored"
-    return f"F1 {_interval(hit.f1, hit.f1_low, hit.f1_high)}, shuffled control {_number(hit.shuffled_f1)}"
+    return (
+        f"F1 {_interval(hit.f1, hit.f1_low, hit.f1_high)} against {_number(hit.shuffled_f1)} of a shuffled label, balanced accuracy "
+        f"{_number(hit.balanced_accuracy)} against {_number(hit.shuffled_balanced_accuracy)} ({SCORERS[hit.scorer]})"
+    )
 
 
 def where(kind: str, site: str, site_out: str) -> str:
@@ -167,29 +190,50 @@ def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", 
         if value:
             out.print(Text(f"{name:<12}", style="dim").append(Text(value, style="none")), soft_wrap=True)
     out.print()
-    out.print(_score_table(hit, evidence.score) if hit.f1 is not None else Text("not scored"))
+    _print_scores(out, hit, evidence.scores)
+    _print_outcomes(out, evidence)
     _print_windows(out, hit, evidence.windows, examples)
 
 
-def _score_table(hit: "FeatureHit", score: Mapping[str, object] | None) -> Table:
-    table = Table("score", "value", "95 % interval", box=None, pad_edge=False, title_justify="left")
-    values: Mapping[str, object] = score or vars(hit)
-    named = {
-        "F1": "f1",
-        "F1 of a shuffled label (control)": "shuffled_f1",
-        "F1 of always claiming (control)": "constant_f1",
-        "precision": "precision",
-        "recall": "recall",
-        "balanced accuracy": "balanced_accuracy",
-    }
-    for name, column in named.items():
-        if values.get(column) is not None:
-            low, high = values.get(f"{column}_low"), values.get(f"{column}_high")
-            table.add_row(name, _number(values[column]), "" if low is None else f"[{_number(low)}, {_number(high)}]")
-    unit = f", unit: {score['unit']}" if score else ""
-    table.caption = f"on {values.get('documents', hit.report_documents)} report documents{unit}"
-    table.caption_justify = "left"
-    return table
+def _print_scores(out: Console, hit: "FeatureHit", scores: "pl.DataFrame") -> None:
+    """Every test of the label shown: its own figures, and each control's, in one table."""
+    if scores.is_empty():
+        out.print(Text("not scored" if hit.f1 is None else score_line(hit)))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("tested by", "arm", "F1", "balanced accuracy", "AUPRC", "AUROC", "on"):
+        table.add_column(name, overflow="fold")
+    order = _ordered(scores)
+    for row in order:
+        named = [
+            _interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+            for name in ("f1", "balanced_accuracy", "auprc", "auroc")
+        ]
+        what = f"{row['unit']}s of {row['documents']} documents" if row["status"] == "scored" else row["status"].replace("_", " ")
+        own = row["arm"] == "own"
+        scorer = f"{SCORERS[row['scorer']]}, {row['claim']}" if own else ""
+        table.add_row(scorer, Text(ARMS[row["arm"]], style="bold" if own else "dim"), *named, what)
+    out.print(table)
+
+
+def _ordered(scores: "pl.DataFrame") -> list[dict[str, Any]]:
+    """Rows by scorer, the label's own before its controls."""
+    return sorted(
+        scores.iter_rows(named=True), key=lambda row: (list(SCORERS).index(row["scorer"]), list(ARMS).index(row["arm"]))
+    )
+
+
+def _print_outcomes(out: Console, evidence: "FeatureEvidence") -> None:
+    """Where the label was right and where it was not, next to each other; and what disproved a label."""
+    if not evidence.outcomes.is_empty():
+        out.print(Text("\nthe label on report documents", style="bold"))
+        for outcome, meaning in OUTCOMES.items():
+            for text in evidence.outcomes.filter(evidence.outcomes["outcome"] == outcome)["text"]:
+                out.print(Text(f"  {meaning:<12}").append(marked(text)), soft_wrap=True)
+    if not evidence.counter_examples.is_empty():
+        out.print(Text("\npredictions that failed", style="bold"))
+        for text, expected in evidence.counter_examples.select("text", "expected").iter_rows():
+            out.print(Text(f"  {'silent' if expected else 'fires':<12}").append(plain(text)), soft_wrap=True)
 
 
 def _print_windows(out: Console, hit: "FeatureHit", windows: Sequence["Window"], examples: int) -> None:
@@ -303,6 +347,32 @@ def print_status(out: Console, lines: Sequence["SaeStatus"]) -> None:
     for line in lines:
         if line.last_error:
             out.print(Text("error  ", style="red").append(plain(f"{line.sae}: {line.last_error}"), style="none"), soft_wrap=True)
+
+
+def print_labels(out: Console, labels: Sequence[Mapping[str, Any]]) -> None:
+    """Tested labels, each with the texts that it was right and wrong on."""
+    for row in labels:
+        shown = row["outcomes"]
+        name = shown[0]["label"] if shown else row["label_id"]
+        out.print(Text(f"\n{row['feature']}  ").append(plain(name), style="bold"), soft_wrap=True)
+        f1, accuracy = (_interval(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in ("f1", "balanced_accuracy"))
+        where = f"{SCORERS[row['scorer']]} on {row['unit']}s of {row['documents']} documents"
+        line = f"  F1 {f1}, balanced accuracy {accuracy}, {row['lift'] or 0:+.2f} above a shuffled label: {where}"
+        out.print(Text(line, style="dim"), soft_wrap=True)
+        for outcome, meaning in OUTCOMES.items():
+            for found in (found for found in shown if found["outcome"] == outcome):
+                out.print(Text(f"  {meaning:<12}").append(marked(found["text"])), soft_wrap=True)
+
+
+def print_spent(out: Console, purposes: Mapping[str, "Spent"]) -> None:
+    """What the LLM cost by purpose."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("for", "answers", "prompt tokens", "of them cached", "answer tokens", "usd", "reserved tokens"):
+        table.add_column(name, overflow="fold", justify="left" if name == "for" else "right")
+    for purpose, cost in sorted(purposes.items()):
+        tokens = (cost.answers, cost.prompt_tokens, cost.cached_tokens, cost.completion_tokens)
+        table.add_row(purpose, *(f"{n:,}" for n in tokens), f"{cost.settled_usd:.4f}", f"{cost.open_tokens:,}")
+    out.print(table)
 
 
 def print_facts(out: Console, facts: Mapping[str, object]) -> None:

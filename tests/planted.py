@@ -64,7 +64,8 @@ def topic_of(units: Units) -> str:
 def firings_of(positions: Sequence[np.ndarray], width: int = WIDTH) -> Firings:
     """The firings of features 0, 1, ... at their positions."""
     feature = np.repeat(np.arange(len(positions), dtype=np.uint32), [len(p) for p in positions])
-    return Firings(feature, np.concatenate([np.sort(p) for p in positions]), width)
+    silent = Firings(feature, np.concatenate([np.sort(p) for p in positions]), width, value=np.zeros(len(feature), np.float32))
+    return replace(silent, value=values_of(silent).astype(np.float32))
 
 
 def planted_firings(stored: Stored, subject: SubjectModel, units: Units) -> Firings:
@@ -108,7 +109,7 @@ def elsewhere(units: Units, firings: Firings, split: Split) -> Firings:
 def silent_in(units: Units, firings: Firings, split: Split) -> Firings:
     """The same firings but for those in documents of `split`."""
     kept = ~units.in_split(split)[firings.position]
-    return Firings(firings.feature[kept], firings.position[kept], firings.width)
+    return Firings(firings.feature[kept], firings.position[kept], firings.width, value=firings.value[kept])
 
 
 def values_of(firings: Firings) -> np.ndarray:
@@ -126,7 +127,7 @@ def plant(
     store.register(entry.key, {"key": entry.key})
     stage = store.stage(entry.key, stored.corpus.id, "activations")
     stage.root.mkdir(parents=True, exist_ok=True)
-    values = values_of(firings) if values is None else values
+    values = firings.value.astype(np.float16) if values is None else values
     ends = [*units.offsets[1:], units.contexts * units.length]
     for key, start, end in zip(activation_keys(stored.corpus, entry, subject), units.offsets, ends, strict=True):
         for record in [r for r in stage.records() if r.key == key]:

@@ -16,6 +16,7 @@ from scopeatlas.atlas.catalog import CatalogRow, record
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
 from scopeatlas.atlas.publish import publish
 from scopeatlas.cli import cli
+from scopeatlas.scoring.table import score_table
 from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
 from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
@@ -64,18 +65,20 @@ def built(tmp_path_factory) -> Path:
         publish(rows, vectors, root=root, folder=store.stage(sae, "c1", "publication").root, embedder=embedder)
         store.register(sae, {"key": sae})
     store.register(WAITING, {"key": WAITING})
-    write_stage(store, "activations", "000", ".parquet", b"x" * BYTES)
-    write_stage(store, "examples", "examples", ".windows.parquet", windows())
-    write_stage(store, "scores", "scores", ".parquet", scores(), scored=1)
+    write_stage(store, "activations", "000", {".parquet": b"x" * BYTES})
+    write_stage(store, "examples", "examples", {".windows.parquet": windows()})
+    write_stage(store, "labels", "labels", {".falsification.parquet": falsification()}, by_status={})
+    write_stage(store, "scores", "scores", {".parquet": scores(), ".outcomes.parquet": outcomes()}, scored=1)
     return root
 
 
-def write_stage(store: Store, stage: str, name: str, suffix: str, content: bytes | pl.DataFrame, **facts: int) -> None:
+def write_stage(store: Store, stage: str, name: str, files: dict[str, bytes | pl.DataFrame], **facts: object) -> None:
     folder, key = store.stage(RES, "c1", stage), ShardKey(name, "0" * 64)
     folder.root.mkdir(parents=True)
-    path = folder.data_path(key, suffix)
-    path.write_bytes(content) if isinstance(content, bytes) else content.write_parquet(path)
-    folder.commit(key, [path], facts)
+    for suffix, content in files.items():
+        path = folder.data_path(key, suffix)
+        path.write_bytes(content) if isinstance(content, bytes) else content.write_parquet(path)
+    folder.commit(key, [folder.data_path(key, suffix) for suffix in files], facts)
 
 
 def windows() -> pl.DataFrame:
@@ -102,9 +105,28 @@ def windows() -> pl.DataFrame:
 
 
 def scores() -> pl.DataFrame:
-    f1 = feature_rows(RES)["f1"][14]
-    names = {"f1": f1, "f1_low": 0.61, "f1_high": 0.79, "shuffled_f1": 0.04, "shuffled_f1_low": 0.01, "shuffled_f1_high": 0.09}
-    return pl.DataFrame([{"feature": 14, "unit": "token", "documents": 9, **names, "recall": float("nan")}])
+    shared = {
+        "feature": 14,
+        "label_id": "id14",
+        "claim": "reads",
+        "scorer": "rule_execution",
+        "status": "scored",
+        "unit": "token",
+    }
+    own = {"arm": "own", "documents": 9, "f1": 0.70, "f1_low": 0.61, "f1_high": 0.79, "recall": float("nan")}
+    shuffled = {"arm": "shuffled", "documents": 9, "f1": 0.04, "f1_low": 0.01, "f1_high": 0.09}
+    return score_table([shared | shuffled, shared | own, shared | own | {"label_id": "another"}])
+
+
+def outcomes() -> pl.DataFrame:
+    texts = {"false_alarm": "a hot «dog» stand", "hit": "our «puppy» barks", "miss": "two «hounds»"}
+    rows = [{"label_id": "id14", "feature": 14, "outcome": name, "text": text} for name, text in texts.items()]
+    return pl.DataFrame([*rows, {**rows[0], "label_id": "another", "text": "of another label"}])
+
+
+def falsification() -> pl.DataFrame:
+    facts = {"label_id": "id14", "feature": 14, "expected": True}
+    return pl.DataFrame([facts | {"text": "A [b]terrier", "passed": False}, facts | {"text": "A poodle", "passed": True}])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +143,7 @@ def own(built, tmp_path) -> Shell:
 def test_search_prints_the_right_hit_first(shell):
     block = shell("search", "puppies", "-k", "3").stdout.split("\n\n")[0]
     assert f"{RES}/14" in block and TEXTS[RES][14] in block
-    assert "F1 0.70 [0.70, 0.70], shuffled control 0.70" in block and "fires on 1 % of tokens" in block
+    assert "F1 0.70 [0.70, 0.70] against 0.70 of a shuffled label" in block and "fires on 1 % of tokens" in block
 
 
 def test_search_as_json(shell):
@@ -161,13 +183,26 @@ def test_show_prints_all_that_is_known(shell):
     output = shell("show", "res-l3", "14").stdout
     assert output.startswith(f"{RES}/14\n{TEXTS[RES][14]}\n") and 'suppresses  "the"' in output
     lines = [" ".join(line.split()) for line in output.splitlines()]
-    assert "F1 0.70 [0.61, 0.79]" in lines and "F1 of a shuffled label (control) 0.04 [0.01, 0.09]" in lines
-    assert "on 9 report documents, unit: token" in lines
+    assert "the rule executed, reads this label 0.70 [0.61, 0.79] - - - tokens of 9 documents" in lines
+    assert "a shuffled label 0.04 [0.01, 0.09] - - - tokens of 9 documents" in lines
     held_out, proposed = output.index("report documents: held out"), output.index("explain documents:")
     assert held_out < output.index("puppy [b]barks") < output.index("a «hound»") < proposed < output.index("the «dog»")
     found = shell.json("show", RES, "14")
     assert [window["split"] for window in found["examples"]] == ["report", "report", "explain"]
-    assert found["score"]["f1_low"] == 0.61 and found["score"]["recall"] is None
+    own = next(row for row in found["scores"] if row["arm"] == "own")
+    assert own["f1_low"] == pytest.approx(0.61) and own["recall"] is None and len(found["scores"]) == 2
+
+
+def test_misses_and_false_alarms_are_shown_next_to_hits(shell):
+    lines = [" ".join(line.split()) for line in shell("show", RES, "14").stdout.splitlines()]
+    at = lines.index("hit our «puppy» barks")
+    assert lines[at + 1 : at + 3] == ["missed two «hounds»", "false alarm a hot «dog» stand"]
+    assert not any("of another label" in line for line in lines)
+
+
+def test_predictions_that_failed_are_shown(shell):
+    output = shell("show", RES, "14").stdout
+    assert "silent      A [b]terrier" in output and "poodle" not in output
 
 
 def test_show_without_examples_or_a_label(shell):

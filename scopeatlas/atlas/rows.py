@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from scopeatlas.atlas.tables import FEATURE_ROW, feature_name
+from scopeatlas.atlas.tables import FEATURE_ROW, SCORES, feature_name
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.mining.examples import FeatureExamples, read_examples
@@ -43,18 +43,18 @@ def feature_rows(
     labels: pl.DataFrame,
     scores: pl.DataFrame,
 ) -> pl.DataFrame:
-    """One FEATURE_ROW per feature. labels: the current ones. scores: of rule labels; null where there is none.
+    """One FEATURE_ROW per feature. labels: the current ones. scores: their tests, as `scoring.table.published` gives them.
 
     Evidence shown is held out where there is any: snippets come from report documents first.
     """
     shown = _evidence(examples.examples)
-    scored = scores.select("feature", "f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1")
-    labelled = labels.select("feature", "status", "method", "label", "reads", "writes")
+    scored = scores.select("feature", "scorer", "unit", *SCORES)
+    labelled = labels.select("feature", "status", "method", "label_id", "label", "reads", "writes")
     table = examples.features.join(labelled, on="feature", how="left").join(scored, on="feature", how="left")
     table = table.join(shown, on="feature", how="left")
     promoted, suppressed = (_token_lists(table[name], subject) for name in ("promoted", "suppressed"))
     empty = pl.lit([], dtype=pl.List(pl.String))
-    is_rule = (pl.col("method") == "rule") & (pl.col("status") == "ok")
+    is_ok = pl.col("status") == "ok"
     reads = pl.Series([str(site) for site in dictionary.sites_in], dtype=pl.String)
     rows = table.with_columns(
         release=pl.lit(entry.release),
@@ -64,14 +64,15 @@ def feature_rows(
         kind=pl.lit(dictionary.kind),
         site=reads.gather(table["feature"] // dictionary.features_per_layer),
         site_out=pl.lit(sites_text(dictionary.sites_out)),
-        method=pl.when(pl.col("status") == "ok").then(pl.col("method")).otherwise(pl.lit("")),
+        method=pl.when(is_ok).then(pl.col("method")).otherwise(pl.lit("")),
+        label_id=pl.when(is_ok).then(pl.col("label_id")).otherwise(pl.lit("")),
+        label=pl.when(is_ok).then(pl.col("label")).otherwise(pl.lit("")),
+        scorer=pl.col("scorer").fill_null(""),
+        unit=pl.col("unit").fill_null(""),
         trigger_tokens=pl.col("trigger_tokens").fill_null(empty),
         snippets=pl.col("snippets").fill_null(empty),
         promoted=promoted,
         suppressed=suppressed,
-        report_documents=pl.col("report_documents"),
-        # A score belongs to the rule; a feature whose current label is an LLM's has none yet.
-        **{name: pl.when(is_rule).then(pl.col(name)) for name in scored.columns if name != "feature"},
     )
     rows = rows.with_columns(key=pl.format("{}/{}", "sae", feature_name()), search_text=_search_texts(rows))
     return rows.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_ROW.items())

@@ -60,6 +60,7 @@ class FeatureHit:
     feature: int
     status: str
     method: str
+    label_id: str
     label: str
     reads: str
     writes: str
@@ -69,13 +70,23 @@ class FeatureHit:
     decoder_norms: tuple[float, ...]
     density: float
     max_activation: float
+    scorer: str
+    unit: str
     f1: float | None
     f1_low: float | None
     f1_high: float | None
     precision: float | None
     recall: float | None
     balanced_accuracy: float | None
+    balanced_accuracy_low: float | None
+    balanced_accuracy_high: float | None
+    auprc: float | None
+    lift: float | None
+    lift_low: float | None
+    lift_high: float | None
+    q_value: float | None
     shuffled_f1: float | None
+    shuffled_balanced_accuracy: float | None
     report_documents: int
     snippets: tuple[str, ...]
     search_text: str
@@ -185,6 +196,17 @@ class Atlas:
         found = pl.from_arrow(self._features.search().where(condition).select(_LISTED_COLUMNS).to_arrow())
         assert isinstance(found, pl.DataFrame)  # a table gives a frame; only an array would give a series
         return key, found.sort("feature")
+
+    def published(self, sae: str) -> tuple[str, str]:
+        """The key `sae` stands for, and the corpus that its published rows are of.
+
+        Raises UnknownSaeError if no SAE matches, AtlasError if several do.
+        """
+        from lancedb.expr import col, lit
+
+        key = self._one(sae)
+        row = self._features.search().where(col("sae") == lit(key)).select(["corpus"]).limit(1).to_arrow()
+        return key, row["corpus"][0].as_py()
 
     def saes(self) -> pl.DataFrame:
         """One row per SAE: release, sae, model, kind, layer (the first that it reads), last_layer, features, labelled,

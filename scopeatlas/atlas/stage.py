@@ -17,19 +17,27 @@ from scopeatlas.labels.stage import LabelSettings, labels_key
 from scopeatlas.mining.examples import examples_key, open_examples
 from scopeatlas.runner.local import Log, Progress, silent
 from scopeatlas.scoring.stage import ScoreSettings, scores_key
+from scopeatlas.scoring.table import published
 from scopeatlas.storage.files import content_hash
 from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 
 
 def publication_key(
-    corpus: Corpus, entry: SaeEntry, subject: SubjectModel, embedder: Embedder, labels: LabelSettings, scores: ScoreSettings
+    store: Store,
+    corpus: Corpus,
+    entry: SaeEntry,
+    subject: SubjectModel,
+    *,
+    embedder: Embedder,
+    labels: LabelSettings,
+    scores: ScoreSettings,
 ) -> ShardKey:
     """What determines the rows and vectors: the scores (and through them everything before) and the embedder."""
-    scored = scores_key(corpus, entry, subject, labels, scores).identity
+    scored = scores_key(store, corpus, entry, subject, labels, scores).identity
     return ShardKey("source", content_hash(STAGE_VERSION, scored, embedder.identity))
 
 
@@ -49,21 +57,25 @@ def index_features(
     Raises NotReadyError if labels or scores are missing, AtlasError if the atlas cannot take the rows.
     """
     stage = store.stage(entry.key, corpus.id, "publication")
-    key = publication_key(corpus, entry, subject, embedder, labels, scores)
+    key = publication_key(store, corpus, entry, subject, embedder=embedder, labels=labels, scores=scores)
     if stage.is_done(key):
         path = stage.root / str(stage.record(key).facts["path"])
         live = _live(store, entry.key)
         if path.exists() and live is not None and live["generation"] == stage.record(key).facts["generation"]:
             return Publication(entry.key, live["generation"], live["rows"], live["table_version"], path, True)
     store.require_writable()
+    current = _finished(store, corpus, entry, "labels", labels_key(store, corpus, entry, subject, labels)).filter(
+        pl.col("current")
+    )
+    tests = _finished(store, corpus, entry, "scores", scores_key(store, corpus, entry, subject, labels, scores))
     rows = feature_rows(
         entry,
         open_dictionary(entry),
         corpus.id,
         subject,
         open_examples(store, corpus.id, entry.key, examples_key(corpus, entry, subject)),
-        _finished(store, corpus, entry, "labels", labels_key(corpus, entry, subject, labels)).filter(pl.col("current")),
-        _finished(store, corpus, entry, "scores", scores_key(corpus, entry, subject, labels, scores)),
+        current,
+        published(tests, current),
     )
     progress = Progress("feature index: embedding", rows["search_text"].n_unique(), "texts", log)
     vectors = EmbeddingCache(store.root, embedder).embed(

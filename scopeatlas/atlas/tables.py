@@ -26,6 +26,13 @@ FEATURES = "features"
 PUBLICATIONS = "publications"
 KEY, VECTOR, GENERATION = "key", "vector", "generation"
 
+SCORES = (
+    *("f1", "f1_low", "f1_high", "precision", "recall"),
+    *("balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "auprc"),
+    *("lift", "lift_low", "lift_high", "q_value", "shuffled_f1", "shuffled_balanced_accuracy"),
+)
+"""The test of the label shown, null where there is none; `scoring.table` says what each is."""
+
 FEATURE_ROW = pl.Schema(
     {
         "key": pl.String,  # "{sae}/{name}", the one primary key; the name is `feature_name`'s
@@ -41,6 +48,7 @@ FEATURE_ROW = pl.Schema(
         "feature": pl.Int32,  # the flat id, over all layers
         "status": pl.String,
         "method": pl.String,  # "" where no label was given
+        "label_id": pl.String,  # "" where no label was given
         "label": pl.String,  # "" where it was refused
         "reads": pl.String,
         "writes": pl.String,
@@ -50,19 +58,15 @@ FEATURE_ROW = pl.Schema(
         "decoder_norms": pl.List(pl.Float32),  # of what it writes at each output site
         "density": pl.Float32,  # share of tokens
         "max_activation": pl.Float32,
-        "f1": pl.Float32,
-        "f1_low": pl.Float32,
-        "f1_high": pl.Float32,
-        "precision": pl.Float32,
-        "recall": pl.Float32,
-        "balanced_accuracy": pl.Float32,
-        "shuffled_f1": pl.Float32,
+        "scorer": pl.String,  # what tested the label, "" where nothing did
+        "unit": pl.String,
+        **dict.fromkeys(SCORES, pl.Float32),
         "report_documents": pl.Int32,
         "snippets": pl.List(pl.String),  # top windows, «» around the tokens that fire
         "search_text": pl.String,  # what is embedded
     }
 )
-NULLABLE = frozenset({"f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1"})
+NULLABLE = frozenset(SCORES)
 
 PUBLICATION_ROW = pa.schema(
     [

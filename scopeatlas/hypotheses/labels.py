@@ -3,7 +3,6 @@
 What belongs here: the type and its table. What does not: proposing labels (`labels/`) or testing them (`scoring/`).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,8 +74,12 @@ def label_table(labels: list[Label]) -> pl.DataFrame:
 
 def labels_of(table: pl.DataFrame) -> list[Label]:
     """The labels that `label_table` was made of."""
-    rows: Iterator[dict[str, Any]] = table.drop("label_id").iter_rows(named=True)
-    return [Label(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}) for row in rows]
+    return [_label(row) for row in table.drop("label_id").iter_rows(named=True)]
+
+
+def _label(row: dict[str, Any]) -> Label:
+    arguments: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Label(**arguments)
 
 
 def _cell(value: object) -> object:

@@ -7,7 +7,7 @@ A rule's hits are found by joining keys, so counting costs one pass over the non
 `Rule.matches` is the plain reading that these counts must agree with.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,60 +20,45 @@ from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS, Split
 from scopeatlas.dictionaries.releases import SaeEntry
+from scopeatlas.hypotheses.columns import KeyColumns, column_of
 from scopeatlas.hypotheses.metrics import DocumentCounts
-from scopeatlas.hypotheses.rules import AFFIX_LENGTHS, PAIR, Rule, word_of
+from scopeatlas.hypotheses.rules import Rule
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.vocabulary import token_texts
 
-COLUMNS = ("token", "word", "previous", "next", "bigram", *(f"{kind}{n}" for kind in ("prefix", "suffix") for n in AFFIX_LENGTHS))
-TOPIC_WORD_LENGTH = 4
+TOPIC_WORD_LENGTH = 3
 TOPIC_MIN_DOCUMENTS = 3
 TOPIC_MAX_CONTEXTS = 0.2
+CLAIMED_AT_ONCE = 256
+"""How many rules' claims are held in memory together."""
 
 
-def column_of(rule: Rule, key: str) -> str:
-    """The key column in which a rule's key is looked up."""
-    return f"{rule.kind}{len(key)}" if rule.kind in {"prefix", "suffix"} else rule.kind
-
-
-class Units:
+class Units(KeyColumns):
     """All positions of a corpus, flattened to N = contexts x length.
 
-    counted: bool [N], unmasked. split: uint8 [N]. document: int32 [N], index into `documents`. context: int32 [N].
-    Key columns: int32 [N], index into that column's texts, -1 where there is no key.
+    counted: bool [N], unmasked. split: uint8 [N]. document: int32 [N], index into `documents`. context_split,
+    context_document: the same per context. offsets: int64 [shards], where each shard's positions begin.
     """
 
     def __init__(self, corpus: Corpus, subject: SubjectModel):
         loaded = [corpus.contexts(shard) for shard in corpus.shards]
         tokens = np.concatenate([c.tokens for c in loaded])
-        self.contexts, self.length = tokens.shape
-        self.offsets = np.r_[0, np.cumsum([len(c) for c in loaded])[:-1]] * self.length
+        contexts, length = tokens.shape
+        self.offsets = np.r_[0, np.cumsum([len(c) for c in loaded])[:-1]] * length
         self.counted = np.concatenate([text_mask(c, subject) for c in loaded]).ravel()
         self.context_split = np.concatenate([c.splits for c in loaded])
         self.documents = [d for c in loaded for d in dict.fromkeys(c.document_ids)]
         index = {d: i for i, d in enumerate(self.documents)}
         self.context_document = np.array([index[d] for c in loaded for d in c.document_ids], dtype=np.int32)
-        self.split = np.repeat(self.context_split, self.length)
-        self.document = np.repeat(self.context_document, self.length)
-        self._tokens = tokens
+        self.split = np.repeat(self.context_split, length)
+        self.document = np.repeat(self.context_document, length)
         ids, flat = np.unique(tokens, return_inverse=True)
         spelled = token_texts(subject.tokenizer, ids.tolist())
-        self.texts = list(dict.fromkeys(spelled))  # parts of a character in UTF-8 all read as one text, so they are one key
-        number = {text: i for i, text in enumerate(self.texts)}
+        texts = list(dict.fromkeys(spelled))  # parts of a character in UTF-8 all read as one text, so they are one key
+        number = {text: i for i, text in enumerate(texts)} | {"": -1}  # no text is no key
         by_id = np.array([number[text] for text in spelled], dtype=np.int32)
-        self._flat = np.where(self.counted, by_id[flat.ravel()], -1)
-        self._columns: dict[str, tuple[np.ndarray, list[str]]] = {}
-
-    def column(self, name: str) -> tuple[np.ndarray, list[str]]:
-        """A key column and the text of each key in it."""
-        if name not in self._columns:
-            self._columns[name] = self._make_column(name)
-        return self._columns[name]
-
-    def key_of(self, name: str, text: str) -> int:
-        """The index of a key's text in a column, or -2 if it never occurs in this corpus."""
-        return self._lookup(name).get(text, -2)
+        super().__init__(np.where(self.counted, by_id[flat.ravel()], -1), texts, contexts=contexts, length=length)
 
     def text_of(self, context: int, start: int, stop: int) -> list[str]:
         """The texts of the tokens from `start` to `stop` of a context; "" for special tokens and padding."""
@@ -83,41 +68,6 @@ class Units:
     def in_split(self, split: Split) -> np.ndarray:
         """Which positions are counted and belong to `split`: bool [N]."""
         return self.counted & (self.split == SPLITS.index(split))
-
-    def _lookup(self, name: str) -> dict[str, int]:
-        cache = self.__dict__.setdefault("_lookups", {})
-        if name not in cache:
-            cache[name] = {text: i for i, text in enumerate(self.column(name)[1])}
-        return cache[name]
-
-    def _make_column(self, name: str) -> tuple[np.ndarray, list[str]]:
-        if name == "token":
-            return self._flat, self.texts
-        if name in {"previous", "next"}:
-            return self._shifted(1 if name == "previous" else -1), self.texts
-        if name == "bigram":
-            return self._bigrams()
-        kind = name.rstrip("0123456789")
-        size = int(name.removeprefix(kind) or 0)
-        keys = [_vocabulary_key(kind, size, text) for text in self.texts]
-        texts = sorted({key for key in keys if key})
-        index = {text: i for i, text in enumerate(texts)}
-        by_token = np.array([index.get(key, -1) for key in keys] + [-1], dtype=np.int32)
-        return by_token[self._flat], texts
-
-    def _shifted(self, by: int) -> np.ndarray:
-        rows = self._flat.reshape(self.contexts, self.length)
-        shifted = np.roll(rows, by, axis=1)
-        shifted[:, 0 if by > 0 else -1] = -1
-        return np.where(self.counted, shifted.ravel(), -1)
-
-    def _bigrams(self) -> tuple[np.ndarray, list[str]]:
-        before = self._shifted(1).astype(np.int64)
-        packed = np.where((before >= 0) & self.counted, before * len(self.texts) + self._flat, -1)
-        pairs, inverse = np.unique(packed, return_inverse=True)
-        has_none = int(len(pairs) > 0 and pairs[0] == -1)
-        texts = [f"{self.texts[p // len(self.texts)]}{PAIR}{self.texts[p % len(self.texts)]}" for p in pairs[has_none:]]
-        return inverse.ravel().astype(np.int32) - has_none, texts
 
     @cached_property
     def context_words(self) -> tuple[sparse.csr_matrix, list[str]]:
@@ -133,7 +83,7 @@ class Units:
     def topic_words(self) -> tuple[sparse.csr_matrix, list[str]]:
         """Which contexts hold which content words: float32 0/1 [contexts, W], and the words.
 
-        A content word is alphabetic, at least four letters long, in three documents or more and in at most a fifth
+        A content word is alphabetic, at least three letters long, in three documents or more and in at most a fifth
         of the contexts.
         """
         held, words = self.context_words
@@ -147,15 +97,6 @@ class Units:
         kept = is_word & (documents >= TOPIC_MIN_DOCUMENTS) & (contexts <= TOPIC_MAX_CONTEXTS * self.contexts)
         chosen = np.flatnonzero(kept)
         return held[:, chosen].tocsr(), [words[i] for i in chosen]
-
-
-def _vocabulary_key(kind: str, size: int, token: str) -> str:
-    word = word_of(token)
-    if kind == "word":
-        return word
-    if len(word) <= size or not word.isalpha():
-        return ""
-    return word[:size] if kind == "prefix" else word[-size:]
 
 
 @dataclass(frozen=True)
@@ -174,6 +115,10 @@ class Firings:
         """The firings of one split."""
         kept = units.in_split(split)[self.position]
         return Firings(self.feature[kept], self.position[kept], self.width, value=self.value[kept])
+
+    def packed(self, units: Units) -> np.ndarray:
+        """feature * N + position of each firing: int64 [n], sorted."""
+        return np.sort(self.feature.astype(np.int64) * (units.contexts * units.length) + self.position, kind="stable")
 
     def in_contexts(self, units: Units) -> sparse.csr_matrix:
         """Which features fire in which contexts: float32 0/1 [F, contexts]."""
@@ -198,19 +143,107 @@ def read_firings(store: Store, corpus: Corpus, entry: SaeEntry, subject: Subject
 
 def key_hits(units: Units, firings: Firings, column: str) -> pl.DataFrame:
     """How often each feature fires at each key of a column: feature, key, hits."""
-    keys = units.column(column)[0][firings.position]
-    table = pl.DataFrame({"feature": firings.feature, "key": keys}).filter(pl.col("key") >= 0)
+    keys = units.keys_at(column, firings.position)
+    feature = np.repeat(firings.feature, keys.shape[1])
+    table = pl.DataFrame({"feature": feature, "key": keys.ravel()}).filter(pl.col("key") >= 0)
     return table.group_by("feature", "key").agg(hits=pl.len().cast(pl.Int64))
 
 
 def key_totals(units: Units, split: Split, column: str) -> pl.DataFrame:
     """How many counted positions of a split have each key: key, total."""
-    keys = units.column(column)[0][units.in_split(split)]
+    keys = units.keys_at(column, np.flatnonzero(units.in_split(split))).ravel()
     return pl.DataFrame({"key": keys}).filter(pl.col("key") >= 0).group_by("key").agg(total=pl.len().cast(pl.Int64))
 
 
+def claims_at(units: Units, rules: Mapping[int, Rule], feature: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Whether the rule of each feature [n] claims a position [n], a topic its whole context: bool [n].
+
+    `feature` must be among `rules`. Looked up in key columns, in one pass over the n places.
+    """
+    which = pl.DataFrame({"feature": list(rules), "rule": np.arange(len(rules))}, schema_overrides={"feature": pl.Int64})
+    row = pl.DataFrame({"feature": feature.astype(np.int64)}).join(which, on="feature", how="left", maintain_order="left")["rule"]
+    listed = list(rules.values())
+    first = _held(units, [rule.parts[0] if rule.parts else rule for rule in listed], row.to_numpy(), position)
+    if not any(rule.parts for rule in listed):
+        return first
+    other = _held(units, [rule.parts[1] if rule.parts else _NOTHING for rule in listed], row.to_numpy(), position)
+    kind = np.array([rule.kind for rule in listed])[row.to_numpy()]
+    return np.select([kind == "and", kind == "or", kind == "and_not"], [first & other, first | other, first & ~other], first)
+
+
+_NOTHING = Rule("token")
+
+
+def _held(units: Units, rules: Sequence[Rule], row: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Whether each position has a key of the simple rule `rules[row]`: bool [n]."""
+    held = np.zeros(len(position), dtype=bool)
+    for column, (of_rule, keys) in _members(units, rules).items():
+        concerned = np.zeros(len(rules), dtype=bool)
+        concerned[of_rule] = True
+        at = np.flatnonzero(concerned[row] & ~held)
+        size = len(units.column(column)[1])
+        found = units.keys_at(column, position[at])
+        packed = row[at].astype(np.int64)[:, None] * size + found
+        held[at] = (np.isin(packed, of_rule * size + keys) & (found >= 0)).any(axis=1)
+    topics = [i for i, rule in enumerate(rules) if rule.kind == "topic"]
+    if topics:
+        place = np.full(len(rules), -1)
+        place[topics] = np.arange(len(topics))
+        at = np.flatnonzero(place[row] >= 0)
+        context, claimed = _claimed_contexts(units, [rules[i] for i in topics]).nonzero()
+        claimed_here = np.sort(claimed * units.contexts + context)
+        held[at] = is_among(place[row[at]] * units.contexts + position[at] // units.length, claimed_here)
+    return held
+
+
+def _members(units: Units, rules: Sequence[Rule]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per key column, the token rules that look there and the keys that they hold: int64 [n] each."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for number, rule in enumerate(rules):
+        for text in rule.keys if rule.unit == "token" else ():
+            column = column_of(rule, text)
+            key = units.key_of(column, text)
+            if key >= 0:
+                found.setdefault(column, []).append((number, key))
+    return {column: tuple(np.array(pairs, dtype=np.int64).T) for column, pairs in found.items()}
+
+
+def claims(units: Units, rules: Sequence[Rule], split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Every position of a split that token rules claim: the rule's number and the position, int64 [n], sorted, none twice.
+
+    Nothing but what is claimed is held; a composition's first part is found, and its second looked up there.
+    """
+    size = units.contexts * units.length
+    inside = units.in_split(split)
+    packed = _claimed(units, [rule.parts[0] if rule.parts else rule for rule in rules], inside)
+    either = [rule.parts[1] if rule.parts and rule.kind == "or" else _NOTHING for rule in rules]
+    packed = _distinct(np.concatenate([packed, _claimed(units, either, inside)]))
+    row, position = np.divmod(packed, size)
+    filtered = [rule.parts[1] if rule.parts and rule.kind != "or" else _NOTHING for rule in rules]
+    other = _held(units, filtered, row, position)
+    kind = np.array([rule.kind for rule in rules])[row]
+    kept = np.select([kind == "and", kind == "and_not"], [other, ~other], True)
+    return row[kept], position[kept]
+
+
+def _claimed(units: Units, rules: Sequence[Rule], inside: np.ndarray) -> np.ndarray:
+    """What simple token rules claim where `inside`, packed as rule * N + position, some perhaps twice: int64 [n]."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for column, (of_rule, keys) in _members(units, rules).items():
+        which, position = units.positions_with(column, keys)
+        kept = inside[position]
+        parts.append(of_rule[which[kept]] * len(inside) + position[kept])
+    return np.concatenate(parts)
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """What `np.unique` returns, which is several times slower on long arrays of mostly distinct integers."""
+    ordered = np.sort(values)
+    return ordered[np.r_[True, ordered[1:] != ordered[:-1]]] if len(ordered) else ordered
+
+
 def document_counts(
-    units: Units, firings: Firings, rules: dict[int, Rule], features: list[int], *, split: Split
+    units: Units, firings: Firings, rules: Mapping[int, Rule], features: Sequence[int], *, split: Split
 ) -> DocumentCounts:
     """Counts per document of `split` for each of `features`, each tested against its rule (topic rules on contexts).
 
@@ -225,7 +258,7 @@ def document_counts(
         if not members:
             continue
         count = _token_counts if unit == "token" else _context_counts
-        parts = count(units, firings, {f: rules[f] for f in members}, members, documents, split)
+        parts = count(units, firings, [rules[f] for f in members], members, documents, split)
         rows = [row[f] for f in members]
         for target, part in zip((true_positive, claimed, fired, unit_counts), parts, strict=True):
             target[rows] = part
@@ -233,78 +266,58 @@ def document_counts(
 
 
 def _token_counts(
-    units: Units, firings: Firings, rules: dict[int, Rule], features: list[int], documents: np.ndarray, split: Split
+    units: Units, firings: Firings, rules: Sequence[Rule], features: Sequence[int], documents: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     shape = (len(features), len(documents))
-    place = pl.DataFrame({"feature": np.array(features, dtype=np.uint32), "row": np.arange(len(features))})
-    column_of_document = np.full(len(units.documents), -1)
-    column_of_document[documents] = np.arange(len(documents))
+    column = np.searchsorted(documents, units.document)  # right for every position of the split
 
-    def fill(table: pl.DataFrame, value: str) -> np.ndarray:
-        out = np.zeros(shape)
-        placed = table.join(place, on="feature")
-        np.add.at(out, (placed["row"].to_numpy(), column_of_document[placed["document"].to_numpy()]), placed[value].to_numpy())
-        return out
+    def per_document(row: np.ndarray, position: np.ndarray) -> np.ndarray:
+        counted = np.bincount(row * shape[1] + column[position], minlength=shape[0] * shape[1])
+        return counted.reshape(shape).astype(np.float64)
 
-    fires = pl.DataFrame({"feature": firings.feature, "position": firings.position}).join(place.select("feature"), on="feature")
-    fires = fires.with_columns(document=pl.Series(units.document[fires["position"].to_numpy()]))
-    fired = fill(fires.group_by("feature", "document").agg(n=pl.len()), "n")
+    row_of = np.full(firings.width, -1)
+    row_of[list(features)] = np.arange(len(features))
+    mine = row_of[firings.feature]
+    fires = Firings(mine[mine >= 0], firings.position[mine >= 0], shape[0], value=firings.value[mine >= 0])
+    packed = fires.packed(units)
     true_positive, claimed = np.zeros(shape), np.zeros(shape)
-    everywhere = np.flatnonzero(units.in_split(split))
-    for column, members in _members(units, rules.items()).items():
-        keys = units.column(column)[0]
-        here = fires.with_columns(key=pl.Series(keys[fires["position"].to_numpy()])).join(members, on=["feature", "key"])
-        true_positive += fill(here.group_by("feature", "document").agg(n=pl.len()), "n")
-        held = (
-            pl.DataFrame({"key": keys[everywhere], "document": units.document[everywhere]})
-            .group_by("key", "document")
-            .agg(n=pl.len())
-        )
-        claimed += fill(members.join(held, on="key"), "n")
-    totals = np.bincount(units.document[everywhere], minlength=len(units.documents))[documents]
-    return true_positive, claimed, fired, np.broadcast_to(totals, shape)
+    for start in range(0, len(rules), CLAIMED_AT_ONCE):
+        row, position = claims(units, rules[start : start + CLAIMED_AT_ONCE], split)
+        row += start
+        hit = is_among(row * len(units.split) + position, packed)
+        claimed += per_document(row, position)
+        true_positive += per_document(row[hit], position[hit])
+    totals = np.bincount(column[units.in_split(split)], minlength=len(documents))
+    return true_positive, claimed, per_document(fires.feature, fires.position), np.broadcast_to(totals, shape)
 
 
-def _members(units: Units, rules: Iterable[tuple[int, Rule]]) -> dict[str, pl.DataFrame]:
-    """Per key column, which feature's rule holds which key: feature, key."""
-    rows: dict[str, list[tuple[int, int]]] = {}
-    for feature, rule in rules:
-        for text in _disjoint_keys(rule):
-            column = column_of(rule, text)
-            rows.setdefault(column, []).append((feature, units.key_of(column, text)))
-    schema = {"feature": pl.UInt32, "key": pl.Int32}
-    return {column: pl.DataFrame(pairs, schema=schema, orient="row") for column, pairs in rows.items()}
+def is_among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which values [n] are in a sorted array [m]: bool [n]."""
+    if not len(ordered):
+        return np.zeros(len(values), dtype=bool)
+    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
-def _disjoint_keys(rule: Rule) -> list[str]:
-    """The keys of a token rule, less those that match only what another matches too: no token is counted twice."""
-    keys = list(dict.fromkeys(rule.keys))
-    match rule.kind:
-        case "prefix":
-            return [key for key in keys if not any(key != other and key.startswith(other) for other in keys)]
-        case "suffix":
-            return [key for key in keys if not any(key != other and key.endswith(other) for other in keys)]
-        case _:
-            return keys
+def _claimed_contexts(units: Units, rules: Sequence[Rule]) -> sparse.csr_matrix:
+    """How many of each topic rule's words each context holds: float32 [contexts, rules]."""
+    held, words = units.context_words
+    index = {word: i for i, word in enumerate(words)}
+    pairs = [(index[word], i) for i, rule in enumerate(rules) for word in rule.keys if word in index]
+    row, column = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    chosen = sparse.csr_matrix((np.ones(len(pairs), dtype=np.float32), (row, column)), shape=(len(words), len(rules)))
+    return sparse.csr_matrix(held @ chosen)
 
 
 def _context_counts(
-    units: Units, firings: Firings, rules: dict[int, Rule], features: list[int], documents: np.ndarray, split: Split
+    units: Units, firings: Firings, rules: Sequence[Rule], features: Sequence[int], documents: np.ndarray, split: Split
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    held, words = units.context_words
-    index = {word: i for i, word in enumerate(words)}
-    pairs = [(index[w], i) for i, f in enumerate(features) for w in rules[f].keys if w in index]
-    chosen = sparse.csr_matrix(
-        (np.ones(len(pairs), dtype=np.float32), tuple(zip(*pairs, strict=True)) or ([], [])), shape=(len(words), len(features))
-    )
     members = np.flatnonzero(units.context_split == SPLITS.index(split))
-    claims = ((held[members] @ chosen) > 0).astype(np.float64)  # [contexts of the split, features]
+    claimed = (_claimed_contexts(units, rules)[members] > 0).astype(np.float64)  # [contexts of the split, features]
     fires = firings.in_contexts(units)[features][:, members].T.astype(np.float64)
-    order = {d: i for i, d in enumerate(documents)}
-    in_document = np.array([order[d] for d in units.context_document[members]])
+    in_document = np.searchsorted(documents, units.context_document[members])
     by_document = sparse.csr_matrix(
         (np.ones(len(members)), (in_document, np.arange(len(members)))), shape=(len(documents), len(members))
     )
-    parts = [(by_document @ part).toarray().T for part in (claims.multiply(fires).tocsr(), claims.tocsr(), fires.tocsr())]
+    parts = [(by_document @ part).toarray().T for part in (claimed.multiply(fires).tocsr(), claimed.tocsr(), fires.tocsr())]
     totals = np.bincount(in_document, minlength=len(documents)).astype(np.float64)
     return parts[0], parts[1], parts[2], np.broadcast_to(totals, parts[0].shape)

@@ -4,8 +4,6 @@ What belongs here: proposing rules from `explain` documents and choosing among t
 not: counting hits (`hypotheses/units.py`) or the final test on `report` documents (`scoring/`).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import polars as pl
 from scipy import sparse
@@ -13,44 +11,25 @@ from scipy import sparse
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.hypotheses.labels import Label, Status
 from scopeatlas.hypotheses.metrics import lift
-from scopeatlas.hypotheses.rules import Rule, RuleKind
-from scopeatlas.hypotheses.units import COLUMNS, Firings, Units, key_hits, key_totals
+from scopeatlas.hypotheses.rules import Rule
+from scopeatlas.hypotheses.units import Firings, Units, claims, is_among, key_hits, key_totals
+from scopeatlas.labels.rule_candidates import (
+    PREFERENCE,
+    TOPIC_SIZES,
+    RuleSettings,
+    token_candidates,
+    topic_candidates,
+)
+from scopeatlas.labels.rule_compositions import base_rules, compositions, rule_of
 
-SINGLES_PER_COLUMN = 3
-SET_COLUMNS = ("token", "word", "previous", "next")
-MAX_SET = 8
-MIN_HITS = 2
-TOPIC_SIZES = (1, 3, 6)
+RULES_VERSION = 5
+"""Raised when the same firings get other rules."""
 TOPIC_TILE = 2048
+CLAIMED_AT_ONCE = 512
 PSEUDO_UNITS = 6
 """Added to the denominator of F1 on select documents, so that a rule with a few lucky hits is not chosen for them."""
 
-_MEASURED = {
-    "candidate": pl.Int64,
-    "feature": pl.UInt32,
-    "kind": pl.String,
-    "hits": pl.Int64,
-    "total": pl.Int64,
-    "keys": pl.List(pl.String),
-}
-
-
-@dataclass(frozen=True)
-class RuleSettings:
-    """When a feature is refused before any rule is tried, and how good a rule must be.
-
-    min_lift: of the best rule on select documents, after its complexity cost. cost_per_key, topic_cost: what each
-    further key and a topic cost. max_density: above it a feature is dense. min_contexts, min_documents: explain
-    evidence below which a feature is rare or has too few documents. positional_share: of firings at early positions.
-    """
-
-    min_lift: float = 0.3
-    cost_per_key: float = 0.01
-    topic_cost: float = 0.05
-    max_density: float = 0.1
-    min_contexts: int = 6
-    min_documents: int = 3
-    positional_share: float = 0.8
+_SCORED = {"feature": pl.UInt32, "rule": pl.String, "place": pl.Int64, "value": pl.Float64, "cost": pl.Float64}
 
 
 def refusals(features: pl.DataFrame, settings: RuleSettings) -> dict[int, Status]:
@@ -70,141 +49,116 @@ def refusals(features: pl.DataFrame, settings: RuleSettings) -> dict[int, Status
 def propose_rules(units: Units, firings: Firings, refused: dict[int, Status], settings: RuleSettings) -> list[Label]:
     """One label per feature: its best rule, or the status it is refused with ("incoherent" if no rule explains it).
 
-    Candidates come from explain documents: the best single keys of every column, the best set of tokens, words or
-    neighbours (for disjoint keys the set of highest F1 is a prefix in order of precision), the best topic words.
-    The one of highest lift on select documents, less its cost, is the label.
+    Candidates come from explain documents: keys and sets of keys of every column, topics, and compositions of two. The one
+    of highest lift on select documents, less its cost, is the label.
     """
+    version = f"rule:{RULES_VERSION}"
+    labels = {feature: Label(feature, "rule", status, version=version) for feature, status in refused.items()}
     open_features = np.setdiff1d(np.arange(firings.width), np.array(sorted(refused), dtype=np.int64))
-    if not len(open_features):
-        return [Label(feature, "rule", refused[feature]) for feature in range(firings.width)]
-    explain, select = firings.within(units, "explain"), firings.within(units, "select")
-    token_candidates = _token_candidates(units, explain, open_features)
-    scored = [_score_token_candidates(units, select, token_candidates, settings)]
-    scored.append(_topic_candidates(units, explain, select, open_features, settings))
-    best = pl.concat(scored).sort("feature", "value", "cost", "kind", descending=[False, True, False, False])
-    best = best.unique("feature", keep="first", maintain_order=True)
-    chosen = {row["feature"]: row for row in best.filter(pl.col("value") >= settings.min_lift).iter_rows(named=True)}
-    labels = []
-    for feature in range(firings.width):
-        if feature in refused:
-            labels.append(Label(feature, "rule", refused[feature]))
-        elif feature not in chosen:
-            labels.append(Label(feature, "rule", "incoherent"))
-        else:
-            row = chosen[feature]
-            rule = Rule(row["kind"], tuple(row["keys"]))
-            labels.append(
-                Label(
-                    feature,
-                    "rule",
-                    "ok",
-                    rule.short(),
-                    rule.sentence(),
-                    rule=rule.to_json(),
-                    select_score=row["value"] + row["cost"],
-                )
-            )
-    return labels
-
-
-def _counts(firings: Firings, features: np.ndarray) -> pl.DataFrame:
-    fired = np.bincount(firings.feature, minlength=firings.width)
-    return pl.DataFrame({"feature": features.astype(np.uint32), "fired": fired[features]})
-
-
-def _kind(column: str) -> RuleKind:
-    return column.rstrip("0123456789")  # type: ignore[return-value]
-
-
-def _token_candidates(units: Units, explain: Firings, features: np.ndarray) -> pl.DataFrame:
-    """Candidates as rows (candidate, feature, column, key): the keys of one candidate share its number."""
-    fired = _counts(explain, features)
-    parts: list[pl.DataFrame] = []
-    for column in COLUMNS:
-        hits = key_hits(units, explain, column).filter(pl.col("hits") >= MIN_HITS).join(fired, on="feature")
-        hits = hits.join(key_totals(units, "explain", column), on="key")
-        hits = hits.with_columns(
-            precision=pl.col("hits") / pl.col("total"),
-            f1=2 * pl.col("hits") / (pl.col("total") + pl.col("fired")),
+    chosen = _best_rules(units, firings, open_features, settings) if len(open_features) else {}
+    for feature in open_features.tolist():
+        if feature not in chosen:
+            labels[feature] = Label(feature, "rule", "incoherent", version=version)
+            continue
+        text, found = chosen[feature]
+        rule = Rule.from_json(text)
+        scope = "document" if rule.unit == "context" else "token"
+        labels[feature] = Label(
+            feature, "rule", "ok", rule.short(), rule.sentence(), rule=text, version=version, scope=scope, select_score=found
         )
-        singles = hits.sort("feature", "f1", "key", descending=[False, True, False])
-        singles = singles.filter(pl.int_range(pl.len()).over("feature") < SINGLES_PER_COLUMN)
-        parts.append(singles.select("feature", "key", number=pl.int_range(pl.len()).over("feature"), column=pl.lit(column)))
-        if column in SET_COLUMNS:
-            parts.append(_best_sets(hits, column))
-    candidates = pl.concat(parts)
-    return candidates.with_columns(candidate=pl.struct("feature", "column", "number").rank("dense").cast(pl.Int64))
+    return [labels[feature] for feature in range(firings.width)]
 
 
-def _best_sets(hits: pl.DataFrame, column: str) -> pl.DataFrame:
-    ordered = hits.sort("feature", "precision", "hits", "key", descending=[False, True, True, False])
-    ordered = ordered.filter(pl.int_range(pl.len()).over("feature") < MAX_SET)
-    together = ordered.with_columns(
-        at=pl.int_range(pl.len()).over("feature"),
-        f1=2 * pl.col("hits").cum_sum().over("feature") / (pl.col("total").cum_sum().over("feature") + pl.col("fired")),
-    )
-    best = together.with_columns(best=pl.col("f1").arg_max().over("feature")).filter(pl.col("at") <= pl.col("best"))
-    several = best.filter(pl.col("best") > 0)
-    return several.select("feature", "key", number=pl.lit(-1, dtype=pl.Int64), column=pl.lit(column))
+def _best_rules(units: Units, firings: Firings, features: np.ndarray, settings: RuleSettings) -> dict[int, tuple[str, float]]:
+    """The rule (as JSON) of those features that have one, and its lift on select documents."""
+    explain, select = firings.within(units, "explain"), firings.within(units, "select")
+    candidates = token_candidates(units, explain, features, settings)
+    composed = compositions(units, explain, base_rules(units, candidates), settings)
+    # One token may be near several words, so that hits of single words do not add up.
+    several_near = (pl.col("column") == "near") & (pl.len().over("candidate") > 1)
+    near = candidates.filter(several_near).group_by("feature", "candidate", maintain_order=True).agg("key")
+    composed += [(row["feature"], rule_of(units, "near", row["key"])) for row in near.iter_rows(named=True)]
+    disjoint = candidates.filter(~several_near).select("candidate", "feature", "column", "key")
+    scored = [
+        _score_token_candidates(units, select, disjoint, settings),
+        _score_compositions(units, select, composed, settings),
+        _topic_candidates(units, explain, select, features, settings),
+    ]
+    best = pl.concat(scored).sort("feature", "value", "place", "rule", descending=[False, True, False, False])
+    best = best.unique("feature", keep="first", maintain_order=True).filter(pl.col("value") >= settings.min_lift)
+    return {row["feature"]: (row["rule"], row["value"] + row["cost"]) for row in best.iter_rows(named=True)}
 
 
 def _score_token_candidates(units: Units, select: Firings, candidates: pl.DataFrame, settings: RuleSettings) -> pl.DataFrame:
-    """Lift on select documents less cost: feature, kind, keys (texts), value, cost."""
-    measured = [pl.DataFrame(schema=_MEASURED)]  # so that no candidates at all are an empty table
+    """Simple rules by their lift on select documents less their cost: _SCORED."""
+    measured = [pl.DataFrame(schema={"candidate": pl.UInt32, "hits": pl.Int64, "total": pl.Int64})]
     for (column,), members in candidates.group_by(["column"], maintain_order=True):
         name = str(column)
         found = members.join(key_hits(units, select, name), on=["feature", "key"], how="left")
         found = found.join(key_totals(units, "select", name), on="key", how="left").fill_null(0)
-        texts = units.column(name)[1]
-        found = found.with_columns(
-            text=pl.Series([texts[key] for key in found["key"]], dtype=pl.String), kind=pl.lit(_kind(name))
-        )
-        measured.append(
-            found.group_by("candidate", "feature", "kind", maintain_order=True).agg(
-                hits=pl.col("hits").sum(), total=pl.col("total").sum(), keys=pl.col("text")
-            )
-        )
-    table = pl.concat(measured).join(_counts(select, np.arange(select.width)), on="feature")
-    fired = table["fired"].to_numpy().astype(np.float64)
-    f1 = 2 * table["hits"].to_numpy() / (table["total"].to_numpy() + fired + PSEUDO_UNITS)
-    gained = lift(f1, fired, np.full(len(table), float(units.in_split("select").sum())))
-    cost = settings.cost_per_key * (pl.col("keys").list.len() - 1)
-    return table.with_columns(cost=cost).select("feature", "kind", "keys", value=pl.Series(gained) - pl.col("cost"), cost="cost")
+        measured.append(found.group_by("candidate").agg(pl.col("hits").sum(), pl.col("total").sum()))
+    grouped = candidates.group_by("candidate", "feature", "column", maintain_order=True).agg(keys=pl.col("key"))
+    table = grouped.join(pl.concat(measured), on="candidate", maintain_order="left")
+    rules = [(row["feature"], rule_of(units, row["column"], row["keys"])) for row in table.iter_rows(named=True)]
+    return _scored(units, select, rules, table["hits"].to_numpy(), table["total"].to_numpy(), settings)
+
+
+def _score_compositions(units: Units, select: Firings, composed: list[tuple[int, Rule]], settings: RuleSettings) -> pl.DataFrame:
+    """Rules whose parts may overlap by their lift on select documents less their cost: _SCORED."""
+    size, packed = len(units.split), select.packed(units)
+    feature = np.array([feature for feature, _ in composed], dtype=np.int64)
+    hits, total = np.zeros(len(composed), dtype=np.int64), np.zeros(len(composed), dtype=np.int64)
+    for start in range(0, len(composed), CLAIMED_AT_ONCE):
+        row, position = claims(units, [rule for _, rule in composed[start : start + CLAIMED_AT_ONCE]], "select")
+        hit = is_among(feature[start + row] * size + position, packed)
+        np.add.at(total, start + row, 1)
+        np.add.at(hits, start + row, hit)
+    return _scored(units, select, composed, hits, total, settings)
+
+
+def _scored(
+    units: Units, select: Firings, rules: list[tuple[int, Rule]], hits: np.ndarray, total: np.ndarray, settings: RuleSettings
+) -> pl.DataFrame:
+    """_SCORED of token rules with their hits and claims on select documents, int64 [n]."""
+    feature = np.array([feature for feature, _ in rules], dtype=np.int64)
+    fired = np.bincount(select.feature, minlength=select.width).astype(np.float64)[feature]
+    gained = lift(2 * hits / (total + fired + PSEUDO_UNITS), fired, np.full(len(rules), float(units.in_split("select").sum())))
+    cost = np.array([settings.cost(rule) for _, rule in rules])
+    columns = {
+        "feature": feature,
+        "rule": [rule.to_json() for _, rule in rules],
+        "place": [PREFERENCE.index(rule.kind) for _, rule in rules],
+        "value": gained - cost,
+        "cost": cost,
+    }
+    return pl.DataFrame(columns, schema=_SCORED)
 
 
 def _topic_candidates(
     units: Units, explain: Firings, select: Firings, features: np.ndarray, settings: RuleSettings
 ) -> pl.DataFrame:
-    """Topic rules of the TOPIC_SIZES words that best tell a feature's contexts apart, scored on select contexts."""
+    """Topic rules of the TOPIC_SIZES words that best tell a feature's contexts apart, scored on select contexts: _SCORED."""
     held, words = units.topic_words
-    parts: list[pl.DataFrame] = []
+    parts: list[pl.DataFrame] = [pl.DataFrame(schema=_SCORED)]
     fires = {"explain": explain.in_contexts(units), "select": select.in_contexts(units)}
     members = {split: np.flatnonzero(units.context_split == SPLITS.index(split)) for split in fires}
     for start in range(0, len(features), TOPIC_TILE):
         tile = features[start : start + TOPIC_TILE]
-        best = _best_words(fires["explain"][tile][:, members["explain"]], held[members["explain"]], max(TOPIC_SIZES))
+        best = topic_candidates(fires["explain"][tile][:, members["explain"]], held[members["explain"]])
         for size in TOPIC_SIZES:
             value = _topic_lift(fires["select"][tile][:, members["select"]], held[members["select"]], best[:, :size])
-            cost = settings.topic_cost + settings.cost_per_key * (size - 1)
-            keys = [[words[w] for w in row if w >= 0] for row in best[:, :size]]
-            part = pl.DataFrame(
-                {"feature": tile.astype(np.uint32), "kind": ["topic"] * len(tile), "keys": keys, "value": value - cost},
-                schema_overrides={"keys": pl.List(pl.String), "value": pl.Float64},
-            )
-            parts.append(part.with_columns(cost=pl.lit(cost)).filter(pl.col("keys").list.len() == size))
+            full = np.flatnonzero(best[:, size - 1] >= 0)
+            rules = [Rule("topic", tuple(words[word] for word in row)) for row in best[full, :size]]
+            cost = np.array([settings.cost(rule) for rule in rules])
+            columns = {
+                "feature": tile[full],
+                "rule": [rule.to_json() for rule in rules],
+                "place": [PREFERENCE.index("topic")] * len(rules),
+                "value": value[full] - cost,
+                "cost": cost,
+            }
+            parts.append(pl.DataFrame(columns, schema=_SCORED))
     return pl.concat(parts)
-
-
-def _best_words(fires: sparse.csr_matrix, held: sparse.csr_matrix, count: int) -> np.ndarray:
-    """Per feature the `count` words of highest precision * sqrt(recall) over contexts, -1 where fewer: [F, count]."""
-    together = (fires @ held).toarray()  # pyright: ignore[reportAttributeAccessIssue]
-    contexts_of_word = np.asarray(held.sum(axis=0))
-    contexts_of_feature = np.asarray(fires.sum(axis=1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        worth = together / contexts_of_word * np.sqrt(together / contexts_of_feature)
-    worth = np.where((together >= MIN_HITS) & np.isfinite(worth), worth, 0)
-    best = np.argsort(-worth, axis=1, kind="stable")[:, :count]
-    return np.where(np.take_along_axis(worth, best, axis=1) > 0, best, -1)
 
 
 def _topic_lift(fires: sparse.csr_matrix, held: sparse.csr_matrix, best: np.ndarray) -> np.ndarray:

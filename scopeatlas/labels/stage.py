@@ -1,82 +1,89 @@
-"""The `labels` stage of one SAE: rule labels always, an LLM's where one is configured, one of them current.
+"""The `labels` stage of one SAE on disk: rule labels always, an LLM's and people's where there are any, one of them current.
 
-What belongs here: putting the labellers together and writing their labels. What does not: how a rule is found
-(`rule_labeller.py`) or an LLM asked (`llm.py`).
+What belongs here: what a generation of labels depends on, writing it, going on with one that was left unfinished, and what
+the next one would cost. What does not: making the labels (`run.py`).
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import polars as pl
 
 from scopeatlas.corpus.build import Corpus
+from scopeatlas.corpus.documents import Split
 from scopeatlas.dictionaries.releases import SaeEntry
-from scopeatlas.hypotheses.labels import Label, Status, label_table
-from scopeatlas.hypotheses.units import Firings, Units, read_firings
-from scopeatlas.labels.chat import ExplainerConfig
-from scopeatlas.labels.journal import Journal
-from scopeatlas.labels.llm import Evidence, Explanation, MarkedExample, explain, load_prompt
-from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules, refusals
-from scopeatlas.mining.examples import FeatureExamples, examples_key, open_examples, read_examples
-from scopeatlas.mining.windows import mark
+from scopeatlas.hypotheses.labels import Label, label_table, labels_of
+from scopeatlas.labels import versions
+from scopeatlas.labels.annotations import read_annotations
+from scopeatlas.labels.asking import Asking, Tally
+from scopeatlas.labels.choosing import choose
+from scopeatlas.labels.falsification import TESTS
+from scopeatlas.labels.rule_labeller import RULES_VERSION
+from scopeatlas.labels.run import LabelRun, LabelSettings
+from scopeatlas.llm.estimate import Estimate
+from scopeatlas.llm.journal import open_journal, read_journal
+from scopeatlas.mining.examples import examples_key
 from scopeatlas.runner.local import Log, silent
-from scopeatlas.storage.files import atomic_path, content_hash
-from scopeatlas.storage.records import ShardKey
+from scopeatlas.storage.files import atomic_path, content_hash, locked, read_json, write_json
+from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
-from scopeatlas.subject.vocabulary import token_texts
 
-STAGE_VERSION = 2
-WRITES_MIN_STRENGTH = 6.0
-"""Promoted tokens are a claim only if the strongest stands this many standard deviations out of the vocabulary: over
-262,144 tokens chance alone reaches about 4.6."""
-WRITES_TOKENS = 5
-EVIDENCE_EXAMPLES = 20
-
-
-@dataclass(frozen=True)
-class LabelSettings:
-    """rules: the rule labeller's thresholds. explainer: the LLM, off unless it names a model. llm_features: how many
-    features at most are shown to it, those seen in most explain documents first."""
-
-    rules: RuleSettings = RuleSettings()
-    explainer: ExplainerConfig = ExplainerConfig()
-    llm_features: int = 100
-
-    def identity(self) -> list[object]:
-        """What of the settings determines labels; neither prices nor timeouts do."""
-        if not self.explainer.enabled:
-            return [asdict(self.rules)]
-        asked = (
-            self.explainer.model,
-            self.explainer.temperature,
-            self.explainer.max_output_tokens,
-            load_prompt().hash,
-            self.llm_features,
-        )
-        return [asdict(self.rules), *asked]
+STAGE_VERSION = 3
 
 
 @dataclass(frozen=True)
 class FeatureLabels:
-    """A finished stage: the table of labels (`hypotheses.labels.LABEL_SCHEMA`), and counts by status."""
+    """A generation of labels: the table (`hypotheses.labels.LABEL_SCHEMA`), what running texts through the subject model
+    said of them (`falsification.Falsification.table`, empty where nothing was tried), and what was asked of LLMs."""
 
     table: pl.DataFrame
+    falsification: pl.DataFrame
+    tally: Tally
     key: ShardKey
 
     @property
     def current(self) -> pl.DataFrame:
         return self.table.filter(pl.col("current"))
 
+    @property
+    def coverage(self) -> float:
+        """The share of features with a label that is neither a refusal nor falsified."""
+        return self.by_status().get("ok", 0) / max(len(self.current), 1)
+
     def by_status(self) -> dict[str, int]:
         return dict(Counter(self.current["status"]).most_common())
 
 
-def labels_key(corpus: Corpus, entry: SaeEntry, subject: SubjectModel, settings: LabelSettings) -> ShardKey:
-    """What determines the labels: the examples (and through them the activations) and the settings."""
-    return ShardKey("labels", content_hash(STAGE_VERSION, examples_key(corpus, entry, subject).identity, settings.identity()))
+def labels_key(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, settings: LabelSettings) -> ShardKey:
+    """The generation of labels that the rest of the chain reads: the finished one, or what there is of an unfinished one.
+
+    It is determined by the examples (and through them the activations), the settings, the features that the explainer was
+    asked about, the annotations that stand, and what other explainers said before.
+    """
+    stage = store.stage(entry.key, corpus.id, "labels")
+    key = _finished_key(store, corpus, entry, subject, settings)
+    unfinished = _read(stage.root / "unfinished.json")
+    if stage.is_done(key) or key.identity not in unfinished:
+        return key
+    return ShardKey("labels", unfinished[key.identity])
+
+
+def _finished_key(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, settings: LabelSettings) -> ShardKey:
+    folder = store.stage(entry.key, corpus.id, "labels").root
+    asked = _read(folder / "asked.json")
+    used = [
+        settings.identity(),
+        asked.get("features", {}).get(settings.version, []) if settings.version else [],
+        asked.get("attempts", {}) if settings.version or settings.judge.enabled else {},
+        [versions.as_entry(label) for label in read_annotations(store, corpus.id, entry.key)],
+        sorted(label.label_id for label in _earlier(folder, settings)),
+    ]
+    return ShardKey("labels", content_hash(STAGE_VERSION, RULES_VERSION, examples_key(corpus, entry, subject).identity, used))
 
 
 def label_features(
@@ -86,109 +93,164 @@ def label_features(
     subject: SubjectModel,
     *,
     settings: LabelSettings,
+    only: Sequence[int] | None = None,
+    retry_errors: bool = False,
     log: Log = silent,
 ) -> tuple[FeatureLabels, bool]:
     """Label every feature or refuse to; returns the stage and whether it was there already.
 
-    A new generation is written beside the older ones, which stay. Raises NotReadyError if examples are missing,
-    ExplainerError if an LLM is configured and cannot be reached.
+    only: ask the explainer about these features and those that it was asked about before, instead of the `llm_features`
+    with most evidence. retry_errors: ask again where an answer was unusable. A new generation is written beside the older
+    ones, which stay. One in which requests are unanswered (no budget is left, the server was busy) is written too, but the
+    next run goes on with it.
+
+    Raises NotReadyError if examples are missing, ExplainerError if an LLM is configured and of no use at all, ConfigError
+    if `only` names what cannot be asked about.
     """
-    stage, key = store.stage(entry.key, corpus.id, "labels"), labels_key(corpus, entry, subject, settings)
-    path = stage.data_path(key, ".parquet")
-    if stage.is_done(key):
-        return FeatureLabels(pl.read_parquet(path), key), True
+    run = LabelRun(store, corpus, entry, subject, settings, log=log)
+    stage = store.stage(entry.key, corpus.id, "labels")
+    if settings.version or only is not None:
+        _remember(stage.root, settings.version, run.worth_asking(only))
+    key = _finished_key(store, corpus, entry, subject, settings)
+    if stage.is_done(key) and not (retry_errors and _open(stage, key).tally.invalid):
+        return _open(stage, key), True
     store.require_writable()
-    examples = open_examples(store, corpus.id, entry.key, examples_key(corpus, entry, subject))
-    units = Units(corpus, subject)
-    firings = read_firings(store, corpus, entry, subject, units, width=len(examples.features))
-    refused = refusals(examples.features, settings.rules)
-    labels = _propose(units, firings, refused, examples, subject, settings)
-    log(f"feature labels: {sum(label.status == 'ok' for label in labels):,} of {len(labels):,} features explained by a rule")
-    if settings.explainer.enabled:
-        journal_path = stage.root / "journal.jsonl"
-        with Journal(journal_path) as journal:
-            seen = int(units.in_split("explain").sum())
-            evidence = _evidence(entry, examples, refused, subject, limit=settings.llm_features, seen=seen)
-            explanations = [_llm_label(e) for e in explain(evidence, settings.explainer, journal)]
-        log(
-            f"feature labels: {sum(label.status == 'ok' for label in explanations):,} of {len(explanations):,} asked for explained by {settings.explainer.model}"
-        )
-        labels = _with_llm(labels, explanations)
-    table = label_table(labels)
-    with atomic_path(path) as temporary:
-        table.write_parquet(temporary)
-    stage.commit(key, [path], {"features": len(examples.features), "by_status": FeatureLabels(table, key).by_status()})
-    return FeatureLabels(table, key), False
+    asked = set(_read(stage.root / "asked.json").get("features", {}).get(settings.version, []))
+    with _asking(store, stage.root, settings, retry=retry_errors, log=log) as asking:
+        table, falsification = _make(run, stage, asking, [f for f in run.by_evidence() if f in asked])
+        tally = Tally.of(asking.heard) if asking else Tally()
+        answered = sorted({one.answer.key for one in asking.heard if one.answer.reply}) if asking else []
+    key = _finished_key(store, corpus, entry, subject, settings)  # a repeated request is part of it
+    made = ShardKey("labels", content_hash(key.identity, answered)) if tally.unanswered else key
+    if not stage.is_done(made):
+        _commit(stage, FeatureLabels(table, falsification, tally, made))
+    if tally.unanswered:
+        log(f"feature labels: {tally.unanswered:,} of {tally.asked:,} requests are unanswered; the next run goes on with them")
+    _update(stage.root / "unfinished.json", {key.identity: made.identity} if tally.unanswered else {})
+    return _open(stage, made), False
 
 
-def _propose(
-    units: Units,
-    firings: Firings,
-    refused: dict[int, Status],
-    examples: FeatureExamples,
+def estimate_labels(
+    store: Store,
+    corpus: Corpus,
+    entry: SaeEntry,
     subject: SubjectModel,
+    *,
     settings: LabelSettings,
-) -> list[Label]:
-    writes = writes_claims(examples.features, subject)
-    provenance = json.dumps({"method": "rule", "version": STAGE_VERSION, "examples": examples.key.identity})
-    labels = propose_rules(units, firings, refused, settings.rules)
-    return [replace(label, writes=writes.get(label.feature, ""), provenance=provenance) for label in labels]
+    only: Sequence[int] | None = None,
+    log: Log = silent,
+) -> Estimate:
+    """What `label_features` with the same arguments would ask at most, of the explainer and of the judge. Asks nobody.
+
+    Labels that are not there yet are taken for good and long ones. Raises as `label_features` does, but for the server.
+    """
+    run = LabelRun(store, corpus, entry, subject, settings, log=log)
+    folder = store.stage(entry.key, corpus.id, "labels").root
+    asked = _read(folder / "asked.json")
+    wanted = {*run.worth_asking(only), *asked.get("features", {}).get(settings.version, [])} if settings.version else set()
+    others = [label for label in (*_people(run, store), *_earlier(folder, settings)) if run.is_of_explain(label)]
+    features = [feature for feature in run.by_evidence() if feature in wanted]
+    return run.estimated(features, others, asked.get("attempts", {}), read_journal(store.root))
 
 
-def writes_claims(features: pl.DataFrame, subject: SubjectModel) -> dict[int, str]:
-    """What features claim to write: their strongest promoted tokens, where those stand out of the vocabulary."""
-    strong = features.filter(pl.col("promoted_strength").list.first() >= WRITES_MIN_STRENGTH)
-    claims = {}
-    for row in strong.select("feature", "promoted").iter_rows(named=True):
-        texts = token_texts(subject.tokenizer, row["promoted"][:WRITES_TOKENS])
-        claims[row["feature"]] = "raises " + ", ".join(f'"{text}"' for text in texts)
-    return claims
+def documents_read(table: pl.DataFrame) -> list[tuple[str, Split]]:
+    """Every document that the labels of a table say they were proposed from or chosen on, and the split it was read as."""
+    found: set[tuple[str, Split]] = set()
+    for provenance in map(json.loads, table["provenance"]):
+        found |= {(document, "explain") for document, _, _ in provenance.get("windows", [])}
+        found |= {(document, "select") for document in provenance.get("choice", {}).get("documents", [])}
+    return sorted(found)
 
 
-def _evidence(
-    entry: SaeEntry, examples: FeatureExamples, refused: dict[int, Status], subject: SubjectModel, *, limit: int, seen: int
-) -> Iterator[Evidence]:
-    """What the LLM is shown of each feature: explain documents only, of which `seen` tokens were seen."""
-    live = examples.features.filter(~pl.col("feature").is_in(list(refused)))
-    asked = live.sort("explain_documents", "feature", descending=[True, False]).head(limit)
-    windows = read_examples(examples.examples, asked["feature"].to_list()).filter(pl.col("split") == "explain")
-    by_feature = windows.partition_by("feature", as_dict=True)
-    for row in asked.iter_rows(named=True):
-        mine = by_feature[(row["feature"],)].sort("peak", "context_id", descending=[True, False])
-        mine = mine.head(EVIDENCE_EXAMPLES)
-        yield Evidence(
-            sae=entry.key,
-            feature=row["feature"],
-            examples=tuple(
-                MarkedExample(mark(w["texts"], w["activations"], marks=("<<", ">>")), w["peak"] / mine["peak"][0])
-                for w in mine.iter_rows(named=True)
-            ),
-            density=row["explain_tokens"] / seen,
-            promoted=tuple(token_texts(subject.tokenizer, row["promoted"])),
-            suppressed=tuple(token_texts(subject.tokenizer, row["suppressed"])),
-            example_ids=tuple(str(i) for i in mine["context_id"]),
-        )
+def _make(run: LabelRun, stage: StageFolder, asking: Asking | None, features: Sequence[int]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The labels, and what was tried on the subject model. features: those that the explainer is asked about, in order."""
+    settings = run.settings
+    labels = _rules(run, stage)
+    if asking and settings.version:
+        explained = run.explained(asking, features)
+        _keep(stage.root, [label for label in explained if label.status != "error"])
+        labels += explained
+    labels += _people(run, run.store) + [label for label in _earlier(stage.root, settings) if run.is_of_explain(label)]
+    falsification = pl.DataFrame(schema=TESTS)
+    if settings.falsified_features:
+        labels, falsification = run.falsified(asking, labels, features)
+    trials = run.tried(asking, labels) if asking and settings.judge.enabled else {}
+    return label_table(choose(labels, trials, version=settings.version)), falsification
 
 
-def _llm_label(explanation: Explanation) -> Label:
-    statuses: dict[str, Status] = {"ok": "ok", "dense": "dense", "positional": "positional", "error": "error"}
-    names = ("model", "prompt_hash", "request_key", "example_ids", "prompt_tokens", "completion_tokens", "confidence", "error")
-    provenance = {name: getattr(explanation, name) for name in names}
-    provenance |= {"predicted_positive": explanation.predicted_positive, "predicted_negative": explanation.predicted_negative}
-    return Label(
-        explanation.feature,
-        "llm",
-        statuses.get(explanation.status, "unclear"),
-        explanation.label,
-        explanation.reads,
-        explanation.writes,
-        provenance=json.dumps(provenance, ensure_ascii=False),
-    )
+def _rules(run: LabelRun, stage: StageFolder) -> list[Label]:
+    """The rule labels, made once for all generations that share them."""
+    key = ShardKey("rules", content_hash(RULES_VERSION, run.examples.key.identity, asdict(run.settings.rules)))
+    path = stage.data_path(key, ".parquet")
+    if not stage.is_done(key):
+        with atomic_path(path) as temporary:
+            label_table(run.rules()).write_parquet(temporary)
+        stage.commit(key, [path], {})
+    return labels_of(pl.read_parquet(path))
 
 
-def _with_llm(rules: list[Label], explanations: list[Label]) -> list[Label]:
-    """A rule that was chosen on select documents stays current; an LLM's label is current where no rule explains."""
-    unexplained = {label.feature for label in rules if label.status != "ok"}
-    promoted = {label.feature for label in explanations if label.status == "ok" and label.feature in unexplained}
-    kept = [replace(label, current=label.feature not in promoted) for label in rules]
-    return kept + [replace(label, current=label.feature in promoted) for label in explanations]
+def _people(run: LabelRun, store: Store) -> list[Label]:
+    standing = read_annotations(store, run.corpus.id, run.entry.key)
+    return [label for label in standing if label.feature < len(run.examples.features)]
+
+
+def _keep(folder: Path, labels: Sequence[Label]) -> None:
+    """Remember what an LLM said, for the generations in which another one is asked."""
+    path = folder / "proposals.jsonl"
+    known = {versions.from_entry(entry).label_id for entry in versions.read(path)}
+    versions.append(path, [versions.as_entry(label) for label in labels if label.label_id not in known])
+
+
+def _earlier(folder: Path, settings: LabelSettings) -> list[Label]:
+    """What explainers other than the present one said, the last first."""
+    said = [versions.from_entry(entry) for entry in reversed(versions.read(folder / "proposals.jsonl"))]
+    return [label for label in said if label.version != settings.version]
+
+
+@contextmanager
+def _asking(store: Store, folder: Path, settings: LabelSettings, *, retry: bool, log: Log) -> Iterator[Asking | None]:
+    """Somebody to ask, if there is an LLM; how often what was asked is remembered, also when the run fails."""
+    if not (settings.version or settings.judge.enabled):
+        yield None
+        return
+    with open_journal(store.root, log=log) as journal:
+        attempts = dict(_read(folder / "asked.json").get("attempts", {}))
+        asking = Asking(journal, attempts, retry=retry, log=log)
+        try:
+            yield asking
+        finally:
+            _update(folder / "asked.json", {"attempts": asking.attempts})
+
+
+def _remember(folder: Path, version: str, features: Sequence[int]) -> None:
+    """Add to the features that an explainer is asked about in every run from now on."""
+    known = _read(folder / "asked.json").get("features", {})
+    _update(folder / "asked.json", {"features": {version: sorted({*known.get(version, []), *features})}})
+
+
+def _update(path: Path, changes: dict[str, object]) -> None:
+    """Merge `changes`, two levels deep, into a JSON file; several processes may do so."""
+    with locked(path.with_suffix(".lock")):
+        known = _read(path)
+        merged = {k: {**known.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}
+        if {**known, **merged} != known:
+            write_json(path, {**known, **merged})
+
+
+def _read(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
+def _commit(stage: StageFolder, labels: FeatureLabels) -> None:
+    paths = [stage.data_path(labels.key, suffix) for suffix in (".parquet", ".falsification.parquet")]
+    for path, table in zip(paths, (labels.table, labels.falsification), strict=True):
+        with atomic_path(path) as temporary:
+            table.write_parquet(temporary)
+    facts = {"features": len(labels.current), "by_status": labels.by_status(), "tally": labels.tally.as_dict()}
+    stage.commit(labels.key, paths, facts)
+
+
+def _open(stage: StageFolder, key: ShardKey) -> FeatureLabels:
+    facts = stage.record(key).facts
+    table, falsification = (pl.read_parquet(stage.data_path(key, suffix)) for suffix in (".parquet", ".falsification.parquet"))
+    return FeatureLabels(table, falsification, Tally(**facts["tally"]), key)

@@ -1,58 +1,66 @@
-"""The `scores` stage of one SAE: every rule label executed on report documents, beside its shuffled control.
+"""The `scores` stage of one SAE on disk: its labels tested on report documents, every control in the same table.
 
-What belongs here: testing rules. What does not: counting hits (`hypotheses/units.py`) or the arithmetic of scores
-(`hypotheses/metrics.py`). No label is ever changed here.
+What belongs here: what a generation of scores depends on, writing it, and going on with one that was left unfinished. What
+does not: what is tested by which scorer (`run.py`). No label is ever changed here.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
+from scopeatlas.activations.nulls import NULL_VERSION
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.errors import NotReadyError
-from scopeatlas.hypotheses.metrics import bootstrap_intervals, constant_f1, lift, point_metrics
-from scopeatlas.hypotheses.rules import Rule
-from scopeatlas.hypotheses.units import Firings, Units, document_counts, read_firings
+from scopeatlas.hypotheses.labels import labels_of
+from scopeatlas.labels.asking import Asking
 from scopeatlas.labels.stage import LabelSettings, labels_key
+from scopeatlas.llm.estimate import Estimate, estimate
+from scopeatlas.llm.journal import open_journal, read_journal
 from scopeatlas.runner.local import Log, silent
-from scopeatlas.storage.files import atomic_path, content_hash
-from scopeatlas.storage.records import ShardKey
+from scopeatlas.scoring.controls import with_q_values
+from scopeatlas.scoring.outcomes import rule_outcomes
+from scopeatlas.scoring.report import Report, read_report, report
+from scopeatlas.scoring.retrieval import Embed
+from scopeatlas.scoring.run import ScoreRun, ScoreSettings
+from scopeatlas.scoring.table import own, score_table
+from scopeatlas.storage.files import atomic_path, content_hash, read_json, write_json
+from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 3
-TILE_FEATURES = 2048
-METRICS = ("precision", "recall", "f1", "balanced_accuracy")
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """min_report_documents: a feature that fires in fewer report documents is refused, not scored. seed: of the
-    bootstrap and of the shuffle."""
-
-    min_report_documents: int = 3
-    seed: int = 0
+STAGE_VERSION = 4
+_UNFINISHED = "unfinished.json"
+"""By the identity of a generation, that of what there is of it so far."""
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """A finished stage: one row per rule label, scored or refused."""
+    """A generation of scores: the table (`table.SCORE_SCHEMA`), texts on which labels were right and wrong
+    (`outcomes.OUTCOME_SCHEMA`), and the report on both."""
 
     table: pl.DataFrame
+    outcomes: pl.DataFrame
+    report: Report
     key: ShardKey
 
     @property
     def scored(self) -> pl.DataFrame:
-        return self.table.filter(pl.col("status") == "scored")
+        """The labels' own rows that were scored."""
+        return own(self.table).filter(pl.col("status") == "scored")
 
 
 def scores_key(
-    corpus: Corpus, entry: SaeEntry, subject: SubjectModel, labels: LabelSettings, settings: ScoreSettings
+    store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, labels: LabelSettings, settings: ScoreSettings
 ) -> ShardKey:
-    """What determines the scores: the labels, and how they are tested."""
-    return ShardKey("scores", content_hash(STAGE_VERSION, labels_key(corpus, entry, subject, labels).identity, asdict(settings)))
+    """The generation of scores that the rest of the chain reads: the finished one, or what there is of an unfinished one.
+
+    It is determined by the labels (and through them by everything before) and by how they are tested.
+    """
+    stage = store.stage(entry.key, corpus.id, "scores")
+    key = _finished_key(store, corpus, entry, subject, labels, settings)
+    made = _unfinished(stage).get(key.identity)
+    return key if made is None or stage.is_done(key) else ShardKey("scores", made)
 
 
 def score_labels(
@@ -63,97 +71,105 @@ def score_labels(
     *,
     labels: LabelSettings,
     settings: ScoreSettings,
+    embed: Embed | None = None,
     log: Log = silent,
 ) -> tuple[LabelScores, bool]:
-    """Score every rule label on report documents; returns the stage and whether it was there already.
+    """Test every label that is ok, current or not; returns the stage and whether it was there already.
 
-    Raises NotReadyError if labels are missing.
+    A new generation is written beside the older ones. One in which the judge has not answered everything (no budget is left,
+    the server was busy) is written too, but the next run goes on with it. Raises NotReadyError if labels are missing,
+    ConfigError if retrieval is asked for without `embed`, ExplainerError if a judge is configured and of no use at all.
     """
-    stage, key = store.stage(entry.key, corpus.id, "scores"), scores_key(corpus, entry, subject, labels, settings)
-    path = stage.data_path(key, ".parquet")
+    stage = store.stage(entry.key, corpus.id, "scores")
+    key = _finished_key(store, corpus, entry, subject, labels, settings)
     if stage.is_done(key):
-        return LabelScores(pl.read_parquet(path), key), True
+        return _open(stage, key), True
     store.require_writable()
-    label_stage, label_key = store.stage(entry.key, corpus.id, "labels"), labels_key(corpus, entry, subject, labels)
-    if not label_stage.is_done(label_key):
+    label_rows = _labels(store, corpus, entry, subject, labels)
+    run = _run(store, corpus, entry, subject, label_rows, settings, log)
+    rows = run.executed() + run.random_directions(labels) + run.retrieved(embed) + run.steered()
+    rows += run.random_model(labels) if settings.random_model else []
+    outcomes = [rule_outcomes(run.units, run.firings, run.labels)]
+    answered, unanswered = [], 0
+    if settings.judge.enabled:
+        with open_journal(store.root, log=log) as journal:
+            asking = Asking(journal, {}, retry=False, log=log)
+            judged, shown = run.judged(asking)
+            rows, outcomes = rows + judged, [*outcomes, shown]
+            answered = sorted({one.answer.key for one in asking.heard if one.answer.reply})
+            unanswered = len({one.answer.key for one in asking.heard} - set(answered))
+    table = with_q_values(score_table(rows))
+    made = ShardKey("scores", content_hash(key.identity, answered)) if unanswered else key
+    found = LabelScores(table, pl.concat(outcomes), report(table, label_rows, documents=run.documents()), made)
+    if not stage.is_done(made):
+        _commit(stage, found)
+    log(f"label scores: {len(found.scored):,} tests of {found.scored['label_id'].n_unique():,} labels on report documents")
+    if unanswered:
+        log(f"label scores: {unanswered:,} of the judge's answers are missing; the next run goes on with them")
+        write_json(stage.root / _UNFINISHED, {**_unfinished(stage), key.identity: made.identity})
+    return _open(stage, made), False
+
+
+def estimate_scores(
+    store: Store,
+    corpus: Corpus,
+    entry: SaeEntry,
+    subject: SubjectModel,
+    *,
+    labels: LabelSettings,
+    settings: ScoreSettings,
+    log: Log = silent,
+) -> Estimate:
+    """What `score_labels` would ask of the judge if nothing stopped early. Asks nobody. Raises NotReadyError without labels."""
+    if not settings.judge.enabled:
+        return Estimate()
+    run = _run(store, corpus, entry, subject, _labels(store, corpus, entry, subject, labels), settings, log)
+    return estimate(run.questions(), settings.judge, read_journal(store.root))
+
+
+def _finished_key(
+    store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, labels: LabelSettings, settings: ScoreSettings
+) -> ShardKey:
+    tested = labels_key(store, corpus, entry, subject, labels).identity
+    return ShardKey("scores", content_hash(STAGE_VERSION, NULL_VERSION, tested, settings.identity()))
+
+
+def _labels(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, settings: LabelSettings) -> pl.DataFrame:
+    stage, key = store.stage(entry.key, corpus.id, "labels"), labels_key(store, corpus, entry, subject, settings)
+    if not stage.is_done(key):
         raise NotReadyError(f"{entry.key} has no labels to score with these settings: materialise feature_labels first")
-    label_rows = pl.read_parquet(label_stage.data_path(label_key, ".parquet"))
-    rules = {row["feature"]: Rule.from_json(row["rule"]) for row in label_rows.filter(pl.col("rule") != "").iter_rows(named=True)}
-    units = Units(corpus, subject)
-    firings = read_firings(store, corpus, entry, subject, units, width=int(label_rows["feature"].max()) + 1)  # type: ignore[arg-type]
-    table = score_rules(units, firings.within(units, "report"), rules, settings)
-    with atomic_path(path) as temporary:
-        table.write_parquet(temporary)
-    scores = LabelScores(table, key)
-    log(f"label scores: {len(scores.scored):,} of {len(table):,} rule labels scored on report documents")
-    stage.commit(key, [path], {"labels": len(table), "scored": len(scores.scored)})
-    return scores, False
+    return pl.read_parquet(stage.data_path(key, ".parquet"))
 
 
-def score_rules(units: Units, report: Firings, rules: dict[int, Rule], settings: ScoreSettings) -> pl.DataFrame:
-    """Each rule against its own feature and, as the control, another feature's rule against it.
-
-    Columns: feature, method, status (scored, too_few_documents), label, unit, documents (report documents it fires in),
-    fired, claimed, true_positive (units), each metric with _low and _high (95 %, bootstrap over documents),
-    constant_f1, lift, and shuffled_f1 with its interval. Metrics are null where refused.
-    """
-    features = sorted(rules)
-    partners = shuffled_partners(features, rules, seed=settings.seed)
-    tiles = [features[i : i + TILE_FEATURES] for i in range(0, len(features), TILE_FEATURES)]
-    parts = [_score_tile(units, report, tile, rules, partners, settings) for tile in tiles]
-    return pl.concat(parts) if parts else _score_tile(units, report, [], rules, partners, settings)
-
-
-def shuffled_partners(features: list[int], rules: dict[int, Rule], *, seed: int) -> dict[int, Rule]:
-    """Another feature's rule for each feature, at random: of the same unit if there is one, so that both scores count
-    the same things, and never the same rule unless all are the same."""
-    order = np.random.default_rng(seed).permutation(len(features))
-    partners: dict[int, Rule] = {}
-    for place, index in enumerate(order):
-        own = rules[features[index]]
-        turn = (rules[features[order[(place + step) % len(order)]]] for step in range(1, len(order)))
-        other = None
-        for rule in (rule for rule in turn if rule != own):
-            other = rule if other is None or rule.unit == own.unit else other
-            if other.unit == own.unit:
-                break
-        partners[features[index]] = other or own
-    return partners
+def _run(
+    store: Store,
+    corpus: Corpus,
+    entry: SaeEntry,
+    subject: SubjectModel,
+    label_rows: pl.DataFrame,
+    settings: ScoreSettings,
+    log: Log,
+) -> ScoreRun:
+    ok = labels_of(label_rows.filter(pl.col("status") == "ok"))
+    width = int(label_rows["feature"].max()) + 1  # type: ignore[arg-type]  # every feature has a row, be it a refusal
+    return ScoreRun(store, corpus, entry, subject, ok, settings=settings, width=width, log=log)
 
 
-def _score_tile(
-    units: Units, report: Firings, features: list[int], rules: dict[int, Rule], partners: dict[int, Rule], settings: ScoreSettings
-) -> pl.DataFrame:
-    own = document_counts(units, report, rules, features, split="report")
-    control = document_counts(units, report, partners, features, split="report")
-    point, control_point = point_metrics(own), point_metrics(control)
-    interval = bootstrap_intervals(own, seed=settings.seed)
-    control_interval = bootstrap_intervals(control, seed=settings.seed)
-    documents = (own.fired > 0).sum(axis=1)
-    fired, total = own.fired.sum(axis=1), own.units.sum(axis=1)
-    columns: dict[str, object] = {}
-    for name in METRICS:
-        columns |= {name: getattr(point, name), f"{name}_low": interval[name][:, 0], f"{name}_high": interval[name][:, 1]}
-    columns |= {"constant_f1": constant_f1(fired, total), "lift": lift(point.f1, fired, total)}
-    columns |= {
-        "shuffled_f1": control_point.f1,
-        "shuffled_f1_low": control_interval["f1"][:, 0],
-        "shuffled_f1_high": control_interval["f1"][:, 1],
-    }
-    measured = pl.DataFrame(columns).cast(pl.Float32)
-    is_scored = pl.Series(documents >= settings.min_report_documents)
-    described = pl.DataFrame(
-        {
-            "feature": pl.Series(features, dtype=pl.UInt32),
-            "method": pl.Series(["rule"] * len(features), dtype=pl.String),
-            "status": pl.Series(np.where(is_scored, "scored", "too_few_documents").tolist(), dtype=pl.String),
-            "label": pl.Series([rules[f].short() for f in features], dtype=pl.String),
-            "unit": pl.Series([rules[f].unit for f in features], dtype=pl.String),
-            "documents": pl.Series(documents, dtype=pl.Int32),
-            "fired": pl.Series(fired, dtype=pl.Int64),
-            "claimed": pl.Series(own.claimed.sum(axis=1), dtype=pl.Int64),
-            "true_positive": pl.Series(own.true_positive.sum(axis=1), dtype=pl.Int64),
-        }
-    )
-    nulled = measured.with_columns(pl.when(is_scored).then(pl.col(name)).alias(name) for name in measured.columns)
-    return pl.concat([described, nulled], how="horizontal")
+def _unfinished(stage: StageFolder) -> dict[str, str]:
+    path = stage.root / _UNFINISHED
+    return read_json(path) if path.exists() else {}
+
+
+def _commit(stage: StageFolder, scores: LabelScores) -> None:
+    paths = [stage.data_path(scores.key, suffix) for suffix in (".parquet", ".outcomes.parquet", ".report.json")]
+    for path, table in zip(paths, (scores.table, scores.outcomes), strict=False):
+        with atomic_path(path) as temporary:
+            table.write_parquet(temporary)
+    write_json(paths[-1], scores.report.as_dict())
+    facts = {"labels": scores.table["label_id"].n_unique(), "scored": scores.scored["feature"].n_unique()}
+    stage.commit(scores.key, paths, facts)
+
+
+def _open(stage: StageFolder, key: ShardKey) -> LabelScores:
+    table, outcomes = (pl.read_parquet(stage.data_path(key, suffix)) for suffix in (".parquet", ".outcomes.parquet"))
+    return LabelScores(table, outcomes, read_report(stage.data_path(key, ".report.json")), key)

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
-from scopeatlas.atlas.tables import FEATURE_ROW
+from scopeatlas.atlas.tables import FEATURE_ROW, SCORES
 
 TEXTS = {
     "demo-res-l3-aaaa1111": [
@@ -70,7 +70,10 @@ def feature_rows(sae: str, texts: list[str] | None = None) -> pl.DataFrame:
         row |= {"status": "ok" if text else "dead", "method": "rule" if text else "", "reads": text}
         row |= {"trigger_tokens": text.split()[:3], "promoted": [], "suppressed": ["the"], "density": 0.01, "max_activation": 7.5}
         scored = 0.05 * feature if text and feature % 5 else None
-        row |= dict.fromkeys(("f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1"), scored)
+        row |= dict.fromkeys(SCORES, scored) | {
+            "scorer": "rule_execution" if scored is not None else "",
+            "label_id": f"id{feature}",
+        }
         rows.append(row | {"report_documents": 12, "snippets": [f"«{text}» and more"] if text else []})
     return pl.DataFrame(rows, schema=FEATURE_ROW)
 

@@ -1,14 +1,20 @@
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from scopeatlas.corpus.documents import SPLITS
-from scopeatlas.hypotheses.rules import PAIR, Rule
-from scopeatlas.hypotheses.units import COLUMNS, Firings, Units, document_counts, key_hits, key_totals, read_firings
+from scopeatlas.hypotheses.columns import COLUMNS
+from scopeatlas.hypotheses.rules import PAIR, Rule, RuleKind
+from scopeatlas.hypotheses.surface import ZONES, in_zone, shape_of, spelling_of
+from scopeatlas.hypotheses.units import Firings, Units, claims, claims_at, document_counts, key_hits, key_totals, read_firings
 from scopeatlas.subject.vocabulary import token_texts
 
-WIDTH = 64
+ALL_KINDS = get_args(RuleKind)
+TOKEN_KINDS = [kind for kind in ALL_KINDS if kind not in {"topic", "and", "or", "and_not"}]
+WIDTH = 3 * len(ALL_KINDS) + 7
+"""Features, so that each kind is tried three times or more."""
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +39,42 @@ def firings(units, rng) -> Firings:
     counted = np.flatnonzero(units.counted)
     picks = [rng.choice(counted, rng.integers(5, 600), replace=False) for _ in range(WIDTH)]
     feature = np.repeat(np.arange(WIDTH, dtype=np.uint32), [len(p) for p in picks])
-    return Firings(feature, np.concatenate(picks), WIDTH)
+    return Firings(feature, np.concatenate(picks), WIDTH, value=rng.lognormal(size=len(feature)).astype(np.float32))
 
 
-def random_rules(units: Units, plain, rng) -> dict[int, Rule]:
-    """Rules of every kind, of one to six keys that the corpus holds, and now and then one that it does not."""
+def random_rule(kind: str, units: Units, plain, rng) -> Rule:
+    """A rule of a kind, of one to six keys that the corpus holds, and now and then one that it does not."""
+    if kind in {"and", "or", "and_not"}:
+        one, other = (random_rule(str(rng.choice(TOKEN_KINDS)), units, plain, rng) for _ in range(2))
+        return Rule(kind, parts=(one, other))
     texts = [tokens for _, _, tokens in plain]
     words = [t.strip().casefold() for tokens in texts for t in tokens if t.strip().isalpha() and len(t.strip()) > 4]
     topics = units.topic_words[1]
 
-    def key(kind: str) -> str:
+    def key() -> str:
         tokens = texts[rng.integers(len(texts))]
         at = int(rng.integers(1, len(tokens)))
         word = words[rng.integers(len(words))]
         return {
-            "token": tokens[at],
-            "previous": tokens[at],
-            "next": tokens[at],
             "word": word,
-            "bigram": f"{tokens[at - 1]}{PAIR}{tokens[at]}",
+            "near": word,
+            "bigram": f"{spelling_of(tokens[at - 1])}{PAIR}{spelling_of(tokens[at])}",
             "prefix": word[: rng.integers(2, 5)],
             "suffix": word[-rng.integers(2, 5) :],
+            "position": str(rng.integers(1, units.length)),
             "topic": topics[rng.integers(len(topics))],
-        }[kind]
+            "format": list(ZONES)[rng.integers(len(ZONES))],
+        }.get(kind, shape_of(tokens[at]) if "shape" in kind else tokens[at])
 
-    kinds = ["token", "word", "previous", "next", "bigram", "prefix", "suffix", "topic"]
-    rules = {}
-    for feature in range(WIDTH):
-        kind = kinds[feature % len(kinds)]
-        keys = {key(kind) for _ in range(rng.integers(1, 7))}
-        if feature % 5 == 0:
-            keys.add("qzx" if kind not in {"prefix", "suffix"} else "qz")
-        rules[feature] = Rule(kind, tuple(sorted(keys)))
-    return rules
+    keys = {key() for _ in range(rng.integers(1, 7))}
+    if "shape" not in kind and kind not in {"format", "position"} and rng.random() < 0.2:
+        keys.add("qz")
+    return Rule(kind, tuple(sorted(keys)))
+
+
+def random_rules(units: Units, plain, rng) -> dict[int, Rule]:
+    """Rules of every kind in turn."""
+    return {feature: random_rule(ALL_KINDS[feature % len(ALL_KINDS)], units, plain, rng) for feature in range(WIDTH)}
 
 
 def brute_counts(units: Units, plain, firings: Firings, rules: dict[int, Rule], split: str) -> dict[tuple[int, str], list[int]]:
@@ -139,40 +148,94 @@ def test_tokens_of_one_text_are_one_key(units):
         assert len(used) == len(set(used)), column
 
 
-def test_key_columns_hold_what_rules_look_at(units, plain):
+def test_every_key_of_a_column_is_one_that_its_rule_matches_there_and_none_is_missing(units, plain, rng):
     for column in COLUMNS:
-        keys, texts = units.column(column)
-        kind = column.rstrip("234")
-        assert keys.shape == (units.contexts * units.length,) and (keys[~units.counted] == -1).all()
-        for number in range(0, len(plain), 37):
+        kind, _, size = column.partition(":")
+        texts = units.column(column)[1]
+        for number in rng.choice(len(plain), 12, replace=False):
             tokens = plain[number][2]
-            mine = keys[number * units.length + 1 :][: len(tokens)]
-            for i, key in enumerate(mine):
-                if key >= 0:
-                    assert Rule(kind, (texts[key],)).matches(tokens)[i], (column, texts[key])
-                elif kind in {"prefix", "suffix"}:
-                    word = tokens[i].strip().casefold()
-                    assert not word.isalpha() or len(word) <= int(column[-1])
-                elif kind == "word":
-                    assert not tokens[i].strip()
-                else:
-                    assert i == (len(tokens) - 1 if kind == "next" else 0) and kind != "token"
+            found = units.keys_at(column, number * units.length + 1 + np.arange(len(tokens)))
+            for i, row in enumerate(found):
+                held = [texts[key] for key in row if key >= 0]
+                assert len(held) == len(set(held))
+                assert all(Rule(kind, (text,)).matches(tokens)[i] for text in held), (column, held)
+                assert set(held) == expected_keys(kind, size, tokens, i), (column, i)
+
+
+def expected_keys(kind: str, size: str, tokens: list[str], i: int) -> set[str]:
+    """What a column should hold at a token, said once more without the code under test."""
+    around = ["", "", *tokens, ""]
+    second, before, token, after = around[i : i + 4]
+    word = token.strip().casefold()
+    affix = word.isalpha() and size.isdigit() and len(word) > int(size)
+    keys = {
+        "token": [token],
+        "word": [word],
+        "previous": [before],
+        "next": [after],
+        "skip": [second],
+        "shape": [shape_of(token)],
+        "previous_shape": [shape_of(before)] if before else [],
+        "next_shape": [shape_of(after)] if after else [],
+        "bigram": [f"{before.strip().casefold() or before}{PAIR}{word or token}"] if before else [],
+        "prefix": [word[: int(size)]] if kind == "prefix" and affix else [],
+        "suffix": [word[-int(size) :]] if kind == "suffix" and affix else [],
+        "near": [t.strip().casefold() for t in tokens[max(i - 8, 0) : i]],
+        "position": [str(i + 1)],
+        "format": [size] if kind == "format" and in_zone(size, tokens)[i] else [],
+    }[kind]
+    return {key for key in keys if key}
 
 
 def test_hits_and_totals_of_keys_equal_counting(units, plain, firings):
-    for column in ("token", "word", "previous", "bigram", "suffix3"):
-        keys, texts = units.column(column)
+    for column in ("token", "word", "previous", "bigram", "suffix:3", "near", "skip"):
+        texts = units.column(column)[1]
         hits = {(f, texts[k]): n for f, k, n in key_hits(units, firings, column).select("feature", "key", "hits").rows()}
         plainly = Counter(
-            (int(f), texts[keys[p]]) for f, p in zip(firings.feature, firings.position, strict=True) if keys[p] >= 0
+            (int(f), texts[key])
+            for f, p in zip(firings.feature, firings.position, strict=True)
+            for key in set(units.keys_at(column, np.array([p]))[0].tolist())
+            if key >= 0
         )
         assert hits == dict(plainly)
         totals = {texts[k]: n for k, n in key_totals(units, "select", column).select("key", "total").rows()}
         claims = {
-            text: sum(sum(Rule(column.rstrip("3"), (text,)).matches(t)) for _, s, t in plain if s == "select")
+            text: sum(sum(Rule(column.partition(":")[0], (text,)).matches(t)) for _, s, t in plain if s == "select")
             for text in list(totals)[:25]
         }
         assert claims == {text: totals[text] for text in claims}
+
+
+def test_the_positions_that_rules_claim_are_those_that_they_match(units, plain, rng):
+    rules = [rule for rule in random_rules(units, plain, rng).values() if rule.unit == "token"]
+    row, position = claims(units, rules, "select")
+    found = list(zip(row.tolist(), position.tolist(), strict=True))
+    expected = [
+        (number, context * units.length + 1 + i)
+        for number, rule in enumerate(rules)
+        for context, (_, split, tokens) in enumerate(plain)
+        if split == "select"
+        for i, matches in enumerate(rule.matches(tokens))
+        if matches
+    ]
+    assert found == expected
+
+
+def test_whether_a_rule_claims_a_place_is_what_running_it_there_says(units, plain, rng):
+    rules = random_rules(units, plain, rng)
+    position = rng.choice(np.flatnonzero(units.counted), 3000)
+    feature = rng.choice(list(rules), 3000)
+    matched = {(f, c): rules[f].matches(plain[c][2]) for f, c in {*zip(feature, position // units.length, strict=True)}}
+    expected = [matched[f, p // units.length][p % units.length - 1] for f, p in zip(feature, position, strict=True)]
+    assert claims_at(units, rules, feature, position).tolist() == expected
+    assert not claims_at(units, {3: Rule("token")}, np.full(5, 3), position[:5]).any()
+
+
+def test_a_context_is_spelled_as_it_was_tokenised(units, plain):
+    for number, (_, _, tokens) in enumerate(plain):
+        assert units.text_of(number, 0, len(tokens) + 1) == ["", *tokens]
+        assert set(units.text_of(number, len(tokens) + 1, units.length)) <= {""}
+        assert units.text_of(number, 2, 5) == tokens[1:4]
 
 
 def test_topic_words_are_content_words_of_several_documents(units, plain):
@@ -183,7 +246,7 @@ def test_topic_words_are_content_words_of_several_documents(units, plain):
         for word in {t.strip().casefold() for t in tokens}:
             documents.setdefault(word, set()).add(document)
             contexts[word] += 1
-    expected = {w for w in contexts if w.isalpha() and len(w) >= 4 and len(documents[w]) >= 3 and contexts[w] <= 0.2 * len(plain)}
+    expected = {w for w in contexts if w.isalpha() and len(w) >= 3 and len(documents[w]) >= 3 and contexts[w] <= 0.2 * len(plain)}
     assert set(words) == expected
     for number in range(0, len(plain), 23):
         present = {t.strip().casefold() for t in plain[number][2]} & expected
@@ -203,12 +266,13 @@ def test_firings_of_the_store_are_the_non_zeros_of_its_shards(medium, units, sub
 
     firings = read_firings(medium.store, medium.corpus, medium.entry, subject, units, width=96)
     stage = medium.store.stage(medium.entry.key, medium.corpus.id, "activations")
-    expected, before = set(), 0
+    expected, before = {}, 0
     for shard, key in zip(medium.corpus.shards, activation_keys(medium.corpus, medium.entry, subject), strict=True):
         acts = read_shard(stage.data_path(key, ".parquet"))
-        expected |= {(int(f), before + int(t)) for f, t in zip(acts.feature, acts.token, strict=True)}
+        expected |= {(int(f), before + int(t)): v for f, t, v in zip(acts.feature, acts.token, acts.value, strict=True)}
         before += medium.corpus.contexts(shard).tokens.size
-    assert set(zip(firings.feature.tolist(), firings.position.tolist(), strict=True)) == expected
+    places = zip(firings.feature.tolist(), firings.position.tolist(), strict=True)
+    assert dict(zip(places, firings.value, strict=True)) == expected and firings.value.dtype == np.float32
     assert units.counted[firings.position].all()
 
 
@@ -220,3 +284,5 @@ def test_firings_split_and_gather_by_context(units, firings):
     parts = [firings.within(units, split) for split in SPLITS]
     assert sum(len(part.feature) for part in parts) == len(firings.feature)
     assert all((units.split[part.position] == i).all() for i, part in enumerate(parts))
+    strength = dict(zip(zip(firings.feature, firings.position, strict=True), firings.value, strict=True))
+    assert all(strength[f, p] == v for part in parts for f, p, v in zip(part.feature, part.position, part.value, strict=True))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,6 +9,7 @@ from scopeatlas.hypotheses.metrics import lift, point_metrics
 from scopeatlas.hypotheses.rules import PAIR, Rule
 from scopeatlas.hypotheses.units import Firings, Units, document_counts
 from scopeatlas.labels.rule_labeller import PSEUDO_UNITS, RuleSettings, propose_rules, refusals
+from tests.planted import firings_of, silent_in
 
 SETTINGS = RuleSettings()
 PLANTED = {
@@ -15,7 +18,7 @@ PLANTED = {
     "suffix": Rule("suffix", ("ing",)),
     "previous": Rule("previous", (" of",)),
     "next": Rule("next", (" of",)),
-    "bigram": Rule("bigram", (f" in{PAIR} the",)),
+    "bigram": Rule("bigram", (f"in{PAIR}the",)),
     "topic": Rule("topic", ()),  # the keys are chosen from the corpus
 }
 RANDOM = len(PLANTED)
@@ -55,8 +58,7 @@ def firings(units, topic, rng) -> Firings:
         share = 0.1 if name == "topic" else 0.9  # a topic fires on some tokens of its contexts
         positions.append(np.union1d(at[rng.random(len(at)) < share], rng.choice(counted, 3)))
     positions.append(np.sort(rng.choice(counted, 300, replace=False)))
-    feature = np.repeat(np.arange(len(positions), dtype=np.uint32), [len(p) for p in positions])
-    return Firings(feature, np.concatenate(positions), len(positions))
+    return firings_of(positions, len(positions))
 
 
 def test_planted_features_are_recovered_with_the_right_kind_of_rule(units, firings, topic):
@@ -110,20 +112,19 @@ def test_rules_hold_on_report_documents_and_shuffled_rules_do_not(units, firings
 def test_shuffled_firings_get_no_rules(units, firings, rng):
     counted = np.flatnonzero(units.counted)
     at = np.concatenate([rng.choice(counted, n, replace=False) for n in np.bincount(firings.feature, minlength=firings.width)])
-    labels = propose_rules(units, Firings(firings.feature, at, firings.width), {}, SETTINGS)
+    labels = propose_rules(units, replace(firings, position=at), {}, SETTINGS)
     lifts = [label.select_score for label in labels if label.select_score is not None]
     assert not lifts, lifts
 
 
 def test_report_documents_have_no_say_in_what_is_proposed(units, firings, rng):
-    seen = ~units.in_split("report")[firings.position]
-    without = Firings(firings.feature[seen], firings.position[seen], firings.width)
+    without = silent_in(units, firings, "report")
     assert propose_rules(units, without, {}, SETTINGS) == propose_rules(units, firings, {}, SETTINGS)
 
 
 def test_the_order_of_firings_does_not_change_a_label(units, firings, rng):
     order = rng.permutation(len(firings.feature))
-    shuffled = Firings(firings.feature[order], firings.position[order], firings.width)
+    shuffled = Firings(firings.feature[order], firings.position[order], firings.width, value=firings.value[order])
     assert propose_rules(units, shuffled, {}, SETTINGS) == propose_rules(units, firings, {}, SETTINGS)
 
 
@@ -139,14 +140,15 @@ def test_everything_refused_is_no_error(units, firings):
 
 
 def test_features_that_fire_too_seldom_for_any_candidate_are_incoherent(units):
-    once = Firings(np.arange(3, dtype=np.uint32), np.flatnonzero(units.in_split("explain"))[[5, 500, 1000]], 3)
+    once = firings_of(np.flatnonzero(units.in_split("explain"))[[5, 500, 1000], None], 3)
     assert [label.status for label in propose_rules(units, once, {}, SETTINGS)] == ["incoherent"] * 3
 
 
 def test_more_keys_cost_more(units, firings):
     dear = RuleSettings(cost_per_key=0.5)
     labels = propose_rules(units, firings, {}, dear)
-    assert all(len(Rule.from_json(label.rule).keys) == 1 for label in labels if label.rule)
+    rules = [Rule.from_json(label.rule) for label in labels if label.rule]
+    assert all(len(part.keys) == 1 for rule in rules for part in rule.parts or (rule,))
 
 
 HEALTHY = {

@@ -1,0 +1,106 @@
+"""`scopeatlas annotate`, `report` and `spent`: what people say of features, and what testing labels showed and cost.
+
+What belongs here: commands about labels. What does not: the group they belong to and its errors (`cli.py`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scopeatlas.errors import NotReadyError
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+
+
+@click.command()
+@click.argument("sae")
+@click.argument("feature")
+@click.argument("reads", default="")
+@click.option("--writes", default="", help="What the feature promotes in the output.")
+@click.option("--label", default="", help="A few words; by default the first of READS.")
+@click.option("--author", default="", help="Who says so; each author has one label of a feature.")
+@click.option("--retract", is_flag=True, help="Take this author's label back instead.")
+@click.pass_obj
+def annotate(root: Path, sae: str, feature: str, reads: str, writes: str, label: str, author: str, retract: bool) -> None:
+    """Write down what FEATURE of SAE READS, in your own words. It is tested like any other label when the labels are next
+    made (make run, or `scopeatlas label`)."""
+    from scopeatlas.atlas.search import open_atlas
+    from scopeatlas.labels import annotations
+    from scopeatlas.storage.store import Store
+
+    hit = open_atlas(root).feature(sae, feature)
+    if retract:
+        gone = annotations.retract(Store(root), hit.corpus, hit.sae, hit.feature, author=author)
+        click.echo(f"taken back: {hit.key}: {gone.reads or gone.writes}")
+        return
+    made = annotations.annotate(
+        Store(root), hit.corpus, hit.sae, hit.feature, reads=reads, writes=writes, label=label, author=author
+    )
+    click.echo(f"{hit.key}: {made.label}")
+
+
+@click.command()
+@click.argument("sae")
+@click.option(
+    "--examples", type=click.IntRange(min=0), default=0, help="Also so many labels, drawn at random, with hits and misses."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
+@_json
+@click.pass_obj
+def report(root: Path, sae: str, examples: int, seed: int, as_json: bool) -> None:
+    """Say how many features of SAE have a label, why the others have none, and how the labels fare beside every control."""
+    from scopeatlas import rendering
+    from scopeatlas.atlas.search import open_atlas
+    from scopeatlas.scoring.report import read_report
+    from scopeatlas.storage.store import Store
+    from scopeatlas.upkeep import newest_record
+
+    key, corpus = open_atlas(root).published(sae)
+    record = newest_record(Store(root), key, corpus, "scores")
+    if record is None:
+        raise NotReadyError(f"{key} has no scores in {root}; run the pipeline first")
+    stage = Store(root).stage(key, corpus, "scores")
+    found = read_report(stage.data_path(record.key, ".report.json"))
+    drawn = draw_labels(stage.data_path(record.key, ".parquet"), stage.data_path(record.key, ".outcomes.parquet"), examples, seed)
+    if as_json:
+        rendering.print_json(found.as_dict() | {"examples": drawn})
+        return
+    click.echo(key)
+    for line in found.lines():
+        click.echo(line)
+    rendering.print_labels(rendering.console(), drawn)
+
+
+def draw_labels(scores: Path, outcomes: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` tested labels drawn at random from all of them, whatever their score: each with the outcomes of its test."""
+    import polars as pl
+
+    if not count:
+        return []
+    own = pl.read_parquet(scores).filter((pl.col("arm") == "own") & (pl.col("claim") == "reads") & (pl.col("status") == "scored"))
+    own = own.filter(pl.col("balanced_accuracy").is_not_null())
+    drawn = own.sample(min(count, len(own)), seed=seed, shuffle=True)
+    shown = pl.read_parquet(outcomes)
+    return [
+        row | {"outcomes": shown.filter((pl.col("label_id") == row["label_id"]) & (pl.col("scorer") == row["scorer"])).to_dicts()}
+        for row in drawn.iter_rows(named=True)
+    ]
+
+
+@click.command()
+@_json
+@click.pass_obj
+def spent(root: Path, as_json: bool) -> None:
+    """Say what the LLM has cost so far, by purpose: answers, and what is reserved for requests whose answer never came."""
+    from scopeatlas import rendering
+    from scopeatlas.llm.journal import open_journal
+
+    with open_journal(root) as journal:
+        purposes = journal.spent_by_purpose()
+    if as_json:
+        rendering.print_json({name: vars(cost) for name, cost in purposes.items()})
+    elif purposes:
+        rendering.print_spent(rendering.console(), purposes)
+    else:
+        click.echo("no LLM was ever asked")

@@ -1,0 +1,78 @@
+"""People's own labels: a method like the others, scored by the same scorers.
+
+What belongs here: writing one down, taking one back, reading those that stand. What does not: whether one is current
+(`choosing.py`). They lie in `annotations.jsonl` of the labels stage, which is only ever added to.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from scopeatlas.errors import ConfigError
+from scopeatlas.hypotheses.labels import Label
+from scopeatlas.labels import versions
+from scopeatlas.storage.store import Store
+
+MAX_LENGTH = 2000
+SHORT_WORDS = 8
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")
+
+
+def annotate(
+    store: Store, corpus_id: str, sae: str, feature: int, *, reads: str, writes: str = "", label: str = "", author: str = ""
+) -> Label:
+    """Write a person's label of one feature down, in place of an earlier one of the same author.
+
+    reads, writes: what the feature fires on and what it promotes; one of the two is needed. label: a few words, by default
+    the first of those. The labels stage takes it up when it next runs. Raises ConfigError if there is nothing to write
+    down, UnknownSaeError for an SAE that the store does not know, StoreError if it cannot be written.
+    """
+    store.entry(sae)
+    texts = [_one_line(text) for text in (reads, writes, label, author)]
+    reads, writes, label, author = texts
+    if not (reads or writes):
+        raise ConfigError(f"an annotation of feature {feature} says nothing: give what it reads or what it writes")
+    if feature < 0 or any(len(text) > MAX_LENGTH for text in texts):
+        raise ConfigError(f"an annotation needs a feature's number and texts of at most {MAX_LENGTH} characters")
+    short = label or " ".join((reads or writes).split()[:SHORT_WORDS])
+    provenance = json.dumps({"author": author, "time": datetime.now(UTC).isoformat(timespec="seconds")}, ensure_ascii=False)
+    version = f"human:{author}" if author else "human"
+    made = Label(feature, "human", "ok", short, reads, writes, version=version, current=False, provenance=provenance)
+    versions.append(_path(store, corpus_id, sae), [{"label": versions.as_entry(made)}])
+    return made
+
+
+def retract(store: Store, corpus_id: str, sae: str, feature: int, *, author: str = "") -> Label:
+    """Take back what an author wrote of a feature; returns what that was. Raises ConfigError if there is nothing."""
+    version = f"human:{_one_line(author)}" if _one_line(author) else "human"
+    standing = [mine for mine in read_annotations(store, corpus_id, sae) if (mine.feature, mine.version) == (feature, version)]
+    if not standing:
+        raise ConfigError(f"{author or 'nobody'} has no annotation of feature {feature} of {sae} to take back")
+    versions.append(_path(store, corpus_id, sae), [{"retracted": {"feature": feature, "version": version}}])
+    return standing[0]
+
+
+def read_annotations(store: Store, corpus_id: str, sae: str) -> list[Label]:
+    """The annotations that stand: of each author and feature the last, unless it was taken back. By feature, then author."""
+    return _standing(versions.read(_path(store, corpus_id, sae)))
+
+
+def _standing(entries: Iterable[dict]) -> list[Label]:
+    found: dict[tuple[int, str], Label] = {}
+    for entry in entries:
+        if "retracted" in entry:
+            found.pop((entry["retracted"]["feature"], entry["retracted"]["version"]), None)
+        else:
+            made = versions.from_entry(entry["label"])
+            found[made.feature, made.version] = made
+    return [found[key] for key in sorted(found)]
+
+
+def _path(store: Store, corpus_id: str, sae: str) -> Path:
+    return store.stage(sae, corpus_id, "labels").root / "annotations.jsonl"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_CONTROL.sub(" ", text).split())
