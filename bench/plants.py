@@ -69,11 +69,9 @@ def agreement(claimed: np.ndarray, meant: np.ndarray) -> Agreement:
     return Agreement(both / max(int(claimed.sum()), 1), both / max(int(meant.sum()), 1))
 
 
-def rule_agreements(units: Units, rules: Mapping[int, Rule], meant: np.ndarray) -> dict[int, Agreement]:
-    """Of each feature's rule, run on the text of every report document, with what it means (its row of bool [F, N])."""
-    inside = units.in_split("report")
-    claimed = marked(units, [rule.matches for rule in rules.values()], split="report")
-    return {feature: agreement(row, meant[feature] & inside) for feature, row in zip(rules, claimed, strict=True)}
+def claimed(units: Units, rules: Mapping[int, Rule]) -> dict[int, np.ndarray]:
+    """Where each feature's rule, run on the text of every report document, says that it fires: bool [N] each."""
+    return dict(zip(rules, marked(units, [rule.matches for rule in rules.values()], split="report"), strict=True))
 
 
 def firings_of(positions: Sequence[np.ndarray], draw: np.random.Generator) -> Firings:

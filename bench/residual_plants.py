@@ -209,7 +209,7 @@ def through_the_chain(folder: Path, subject: SubjectModel, *, seed: int) -> list
     assert not cached.failed, cached.failed
     mine_examples(store, corpus, entry, subject)
     labels = label_features(store, corpus, entry, subject, settings=LabelSettings())[0]
-    scores = score_labels(store, corpus, entry, subject, labels=LabelSettings(), settings=ScoreSettings(), embed=None)[0]
+    scores = score_labels(store, corpus, entry, subject, labels=LabelSettings(), settings=ScoreSettings())[0]
     firings = read_firings(store, corpus, entry, subject, units, width=len(CONCEPTS) + RANDOM_DIRECTIONS)
     shown = {row["feature"]: row for row in published(scores.table, labels.table).iter_rows(named=True)}
     ruled = labels.table.filter(pl.col("method") == "rule").sort("feature")

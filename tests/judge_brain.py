@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tests.llm_brain import Body, Said, SchemaBrain
@@ -83,12 +84,12 @@ def repeats(words: int) -> Fires:
     Words are runs of letters and digits, compared without case.
     """
 
-    def fires(claim: str, text: str) -> bool:
-        quoted, mine = (re.findall(r"\w+", part.lower()) for part in (claim, text))
-        grams = {tuple(quoted[i : i + words]) for i in range(len(quoted) - words + 1)}
-        return any(tuple(mine[i : i + words]) in grams for i in range(len(mine) - words + 1))
+    @cache
+    def grams(text: str) -> frozenset[tuple[str, ...]]:
+        found = re.findall(r"\w+", text.lower())
+        return frozenset(tuple(found[i : i + words]) for i in range(len(found) - words + 1))
 
-    return fires
+    return lambda claim, text: not grams(claim).isdisjoint(grams(text))
 
 
 class SimulationBrain:

@@ -143,16 +143,31 @@ def read_firings(store: Store, corpus: Corpus, entry: SaeEntry, subject: Subject
 
 def key_hits(units: Units, firings: Firings, column: str) -> pl.DataFrame:
     """How often each feature fires at each key of a column: feature, key, hits."""
-    keys = units.keys_at(column, firings.position)
-    feature = np.repeat(firings.feature, keys.shape[1])
-    table = pl.DataFrame({"feature": feature, "key": keys.ravel()}).filter(pl.col("key") >= 0)
-    return table.group_by("feature", "key").agg(hits=pl.len().cast(pl.Int64))
+    counted = count_keys(firings.feature, units.keys_at(column, firings.position))
+    return counted.select(pl.col("group").cast(pl.UInt32).alias("feature"), "key", hits="count")
 
 
 def key_totals(units: Units, split: Split, column: str) -> pl.DataFrame:
     """How many counted positions of a split have each key: key, total."""
-    keys = units.keys_at(column, np.flatnonzero(units.in_split(split))).ravel()
-    return pl.DataFrame({"key": keys}).filter(pl.col("key") >= 0).group_by("key").agg(total=pl.len().cast(pl.Int64))
+    keys = units.keys_at(column, np.flatnonzero(units.in_split(split)))
+    return count_keys(np.zeros(len(keys), dtype=np.int64), keys).select("key", total="count")
+
+
+def count_keys(group: np.ndarray, keys: np.ndarray, *, hits: np.ndarray | None = None) -> pl.DataFrame:
+    """How many places of each group have each key, and how many of those are hits if that is known: group, key, count, hits.
+
+    group: integers [n]; keys: int32 [n, m] as of `keys_at`; hits: bool [n]. Grouped by one packed integer, which is thrice
+    as fast as by two columns.
+    """
+    size = int(keys.max(initial=0)) + 1
+    table = {"packed": (group.astype(np.int64)[:, None] * size + keys)[keys >= 0]}
+    counted = [pl.len().cast(pl.Int64).alias("count")]
+    if hits is not None:
+        table["hit"] = np.broadcast_to(hits[:, None], keys.shape)[keys >= 0]
+        counted.append(pl.col("hit").sum().cast(pl.Int64).alias("hits"))
+    found = pl.DataFrame(table).group_by("packed").agg(counted)
+    group_and_key = (pl.col("packed") // size).alias("group"), (pl.col("packed") % size).cast(pl.Int32).alias("key")
+    return found.with_columns(group_and_key).drop("packed")
 
 
 def claims_at(units: Units, rules: Mapping[int, Rule], feature: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ PROMPT = "detection_v1"
 
 
 def requests(sae: str, claim: Claim, windows: pl.DataFrame, *, seed: int) -> list[Round]:
-    """Every window of a feature (WINDOW_SCHEMA) once, in rounds of at most 20; nothing tells kinds or order apart."""
+    """Every window of a feature (WINDOW_SCHEMA) once, in rounds of about 20; nothing tells kinds or order apart."""
     texts, kinds = windows["texts"].to_list(), windows["kind"].to_list()
     lots = packed(windows, feature=claim.feature, seed=seed)
     lines = ({row: (kinds[row], shown(texts[row]), len(texts[row])) for row in rows} for rows in lots)

@@ -15,7 +15,7 @@ MISMARKED_SHARE = 1 / 3
 
 
 def requests(sae: str, claim: Claim, windows: pl.DataFrame, *, seed: int) -> list[Round]:
-    """Every window of a feature (WINDOW_SCHEMA) once, in rounds of at most 20, each with marks.
+    """Every window of a feature (WINDOW_SCHEMA) once, in rounds of about 20, each with marks.
 
     Two positives of three are marked where they fire, the third, "mismarked", where they do not, and negatives in the same
     manner: with the marks of other positives. A window that could not be marked so is left out.

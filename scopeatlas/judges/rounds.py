@@ -50,20 +50,20 @@ class Round:
 
 
 def packed(windows: pl.DataFrame, *, feature: int, seed: int, size: int = WINDOWS_PER_REQUEST) -> list[list[int]]:
-    """Row numbers in lots of at most `size`, documents in random order, the windows of one document in one lot.
+    """Row numbers in lots of about `size`, documents in random order, the windows of one document in one lot.
 
     So what a round says of a document is final, as early stopping needs it. Only a document of more than `size` windows is
     split. Within a lot the order is random. Depends on the table, feature and seed alone: any claim meets the same lots.
     """
     generator = np.random.default_rng([seed, feature])
     documents = windows.with_row_index("row").group_by("document", maintain_order=True).agg("row")["row"].to_list()
-    lots: list[list[int]] = [[]]
+    lots: list[list[int]] = [[] for _ in range(max(1, round(len(windows) / size)))]
+    placed = 0
     for index in generator.permutation(len(documents)):
         rows = documents[index]
         for part in (rows[at : at + size] for at in range(0, len(rows), size)):
-            if len(lots[-1]) + len(part) > size:
-                lots.append([])
-            lots[-1] += part
+            lots[placed * len(lots) // len(windows)] += part
+            placed += len(part)
     return [generator.permutation(lot).tolist() for lot in lots if lot]
 
 

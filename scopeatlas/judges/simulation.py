@@ -28,7 +28,7 @@ class _Strengths(RootModel[dict[str, list[StrictInt]]]):
 
 
 def requests(sae: str, claim: Claim, windows: pl.DataFrame, *, seed: int) -> list[Round]:
-    """Every window of a feature (WINDOW_SCHEMA) once, five to a round: each is answered with a number for each token."""
+    """Every window of a feature (WINDOW_SCHEMA) once, about five to a round: each is answered with a number for each token."""
     prompt = judge_prompt(PROMPT)
     texts, kinds = windows["texts"].to_list(), windows["kind"].to_list()
     rounds = []

@@ -20,7 +20,7 @@ from scopeatlas.llm.prompts import fenced, load_prompt
 from scopeatlas.llm.replies import InvalidReply, read_json
 from scopeatlas.llm.requests import Answer, ChatRequest, JsonSchema
 
-EDITS = 6
+EDITS = 4
 """Of each direction at most so many for a rule."""
 SHOWN = 3
 """Windows that fire, and as many silent ones, that an LLM is asked to edit."""

@@ -70,10 +70,7 @@ def token_candidates(units: Units, explain: Firings, features: np.ndarray, setti
     for column in COLUMNS:
         hits = key_hits(units, explain, column).filter(pl.col("hits") >= MIN_HITS).join(fired, on="feature")
         hits = hits.join(key_totals(units, "explain", column), on="key")
-        if column == "near":
-            _, words = units.topic_words
-            known = [units.key_of("near", word) for word in words]  # of the rest, most are near everything
-            hits = hits.filter(pl.col("key").is_in(known))
+        hits = hits.filter(pl.Series(worth_proposing(units, column)[hits["key"].to_numpy()]))
         hits = hits.with_columns(group=pl.col("feature"), hits_before=0, total_before=0)
         cost = settings.kind_cost(kind_of(column))
         sets = best_sets(hits, kind_of(column), cost_per_key=settings.cost_per_key)
@@ -87,6 +84,15 @@ def token_candidates(units: Units, explain: Firings, features: np.ndarray, setti
     found = found.sort("feature", "value", "place", "keys", descending=[False, True, False, False])
     found = found.filter(pl.int_range(pl.len()).over("feature") < CANDIDATES_PER_FEATURE).drop("place")
     return found.with_row_index("candidate").explode("keys").rename({"keys": "key"})
+
+
+def worth_proposing(units: Units, column: str) -> np.ndarray:
+    """Which keys of a column, bool [K + 1]: all but the words that are near everything. The last is no key."""
+    _, texts = units.column(column)
+    if column != "near":
+        return np.ones(len(texts) + 1, dtype=bool)
+    content = set(units.topic_words[1])
+    return np.array([*(text in content for text in texts), False])
 
 
 def fired_counts(firings: Firings, features: np.ndarray) -> pl.DataFrame:

@@ -11,15 +11,15 @@ import polars as pl
 
 from scopeatlas.hypotheses.columns import COLUMNS, kind_of
 from scopeatlas.hypotheses.rules import Rule, RuleKind
-from scopeatlas.hypotheses.units import Firings, Units, claims, is_among, key_totals
-from scopeatlas.labels.rule_candidates import RuleSettings, best_sets
+from scopeatlas.hypotheses.units import Firings, Units, claims, count_keys, is_among, key_totals
+from scopeatlas.labels.rule_candidates import RuleSettings, best_sets, worth_proposing
 
 BASES_PER_FEATURE = 3
 COMPOSITIONS_PER_FEATURE = 4
 BASE_VALUES = (0.15, 0.9)
 """The F1 on explain documents between which a second rule may help: below, what a rule claims is long and no second one
 makes it pass; above, it needs none."""
-BASES_AT_ONCE = 2048
+BASES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def _places(units: Units, packed: np.ndarray, bases: list[tuple[int, Rule]]) -> 
 def _second_rules(units: Units, places: _Places, bases: pl.DataFrame, column: str, settings: RuleSettings) -> pl.DataFrame:
     """The best second rule from one column for each base and way of composing that is worth its cost: group, feature, how,
     column, keys, value."""
-    inside = _counted(places.claimed, units.keys_at(column, places.claimed_at), hits=places.hit)
-    inside = inside.rename({"count": "total"}).join(bases.filter(pl.col("kind") != kind_of(column)), on="group")
-    outside = _counted(places.missed, units.keys_at(column, places.missed_at)).rename({"count": "hits"})
+    inside = _counted(units, column, places.claimed, places.claimed_at, hits=places.hit).rename({"count": "total"})
+    inside = inside.join(bases.filter(pl.col("kind") != kind_of(column)), on="group")
+    outside = _counted(units, column, places.missed, places.missed_at).rename({"count": "hits"})
     outside = outside.join(bases.filter(pl.col("kind") != kind_of(column)), on="group")
     outside = outside.join(key_totals(units, "explain", column), on="key")
     outside = outside.join(inside.select("group", "key", claimed="total"), on=["group", "key"], how="left")
@@ -122,11 +122,10 @@ def _second_rules(units: Units, places: _Places, bases: pl.DataFrame, column: st
     return pl.concat(parts)
 
 
-def _counted(group: np.ndarray, keys: np.ndarray, *, hits: np.ndarray | None = None) -> pl.DataFrame:
-    """How many places of each group have each key, and how many of those are hits: group, key, count, hits."""
-    table = {"group": np.repeat(group, keys.shape[1]), "key": keys.ravel()}
-    counted = [pl.len().cast(pl.Int64).alias("count")]
-    if hits is not None:
-        table["hit"] = np.repeat(hits, keys.shape[1])
-        counted.append(pl.col("hit").sum().cast(pl.Int64).alias("hits"))
-    return pl.DataFrame(table).filter(pl.col("key") >= 0).group_by("group", "key").agg(counted)
+def _counted(
+    units: Units, column: str, group: np.ndarray, positions: np.ndarray, *, hits: np.ndarray | None = None
+) -> pl.DataFrame:
+    """`count_keys` of the keys that are worth proposing."""
+    keys = units.keys_at(column, positions)
+    keys[~worth_proposing(units, column)[keys]] = -1
+    return count_keys(group, keys, hits=hits)

@@ -284,11 +284,9 @@ class _Provider:
             made = await self._ask(lambda: self._made(plan))
         except _Refused as error:
             raise ExplainerError(f"{self._config.url} does not list its batches: {error}; check the key and base_url") from error
-        return (
-            self._note(plan.model_copy(update={"batch": made}))
-            if made
-            else self._give_up(plan, "cut off before the batch was made")
-        )
+        if made:
+            return self._note(plan.model_copy(update={"batch": made}))
+        return self._give_up(plan, "cut off before the batch was made")
 
     def _give_up(self, plan: _Plan, problem: str) -> _Plan:
         for key in plan.keys:

@@ -32,6 +32,7 @@ class ServerConfig:
 
     model: empty means off. base_url: None for OpenAI's own. api_key_variable: the NAME of the environment variable;
     the key is read when the first request goes out. timeout_seconds: for a whole request, answer included.
+    max_attempts: at one request, four times as many where the server only says that it is busy.
     max_tokens_total, max_usd_total: over all that the store's journal holds, open reservations included, by whatever
     model; the money is counted only if the prices are known. tokenizer: a folder or Hub id of the server's own
     tokenizer, for exact counts; without it, reservations are counted from bytes (an upper bound) and what an answer must

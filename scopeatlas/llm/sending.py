@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Literal, Self
 
 from scopeatlas.errors import ExplainerError
@@ -21,6 +22,7 @@ from scopeatlas.llm.limits import LONGEST_WAIT, Pace, TokenBucket
 from scopeatlas.llm.requests import ChatRequest, Rung, request_body
 from scopeatlas.runner.local import Log, Progress, silent
 
+BUSY_PATIENCE = 4  # times max_attempts, where a server only says that it is busy, which costs nothing
 FAILURES_IN_A_ROW = 10  # so many requests that fail one after another, retries included, are the server's fault
 
 STOPPED = "not sent: the run was stopped"
@@ -89,18 +91,18 @@ class Sender:
 
     async def answer(self, request: ChatRequest, rung: Rung) -> None:
         """Have `request` answered, into the journal. Raises Unanswered, or ExplainerError as `answer_all` does."""
-        failure, wait = Failure("not sent"), 0.0
-        for attempt in range(1, self._config.max_attempts + 1):
+        wait = 0.0
+        for attempt in count(1):
             await self._sleep(wait)
-            outcome = await self._attempt(request, rung, attempt)
-            if outcome is None:
+            failure = await self._attempt(request, rung, attempt)
+            if failure is None:
                 return
-            failure = outcome
-            wait = limits.backoff(attempt) if failure.wait is None else failure.wait
-            if not failure.retry or wait > LONGEST_WAIT:
-                break
-        self._note(failure)
-        raise Unanswered(failure.problem, "failed" if failure.retry else "refused")
+            is_busy = failure.throttled and not failure.billable
+            wait = max(failure.wait or 0.0, limits.backoff(attempt))
+            enough = self._config.max_attempts * (BUSY_PATIENCE if is_busy else 1)
+            if not failure.retry or attempt >= enough or wait > LONGEST_WAIT:
+                self._note(failure)
+                raise Unanswered(failure.problem, "failed" if failure.retry else "refused")
 
     async def _attempt(self, request: ChatRequest, rung: Rung, attempt: int) -> Failure | None:
         """Send `request` once as soon as it may be, and book what comes of it; returns what went wrong."""

@@ -11,9 +11,9 @@ import numpy as np
 ALPHA = 0.05
 CHANCE = 0.5
 USEFUL = 0.6
-GRID = 1000
+GRID = 100
 MOST_OF_THE_CAPITAL = 0.75
-"""No bet risks more than this share of the capital; c = 3/4 in section 4.2 of the paper."""
+"""No bet risks more than this share of the capital."""
 
 Reason = Literal["above_chance", "not_useful", "used_up", "undecided"]
 
@@ -46,62 +46,79 @@ def decide(
 
     document: of each window, integers [n]; fires: the truth, bool [n]; verdict: float [n] in [0, 1], how surely it was said
     to fire. All in the order of asking; the windows of one document must have been asked about together. Recall and the
-    true negative rate are means over documents, each bounded by a sequence at alpha / 2: valid however the two depend.
+    true negative rate are means over documents.
     """
-    hits, rejections = (_by_document(document[of], right[of]) for of, right in ((fires, verdict), (~fires, 1 - verdict)))
-    bounds = [confidence_sequence(values, alpha=alpha / 2)[-1] for values in (hits, rejections)]
-    low, high = (float(bound) for bound in np.mean(bounds, axis=0))
+    hits, rejections = _by_document(document, fires, np.where(fires, verdict, 1 - verdict))
+    low, high = accuracy_bounds(hits, rejections, alpha=alpha)
     if low > CHANCE:
         reason: Reason = "above_chance"
     elif high < useful:
         reason = "not_useful"
     else:
         reason = "used_up" if used_up else "undecided"
-    return Decision(reason != "undecided", reason, low, high, len(hits), len(rejections))
+    counts = ((~np.isnan(values)).sum() for values in (hits, rejections))
+    return Decision(reason != "undecided", reason, low, high, *map(int, counts))
 
 
-def confidence_sequence(values: np.ndarray, *, alpha: float = ALPHA) -> np.ndarray:
-    """Bounds on the mean of values in [0, 1] after 0, 1, .., n of them: float64 [n + 1, 2], each within the last.
+def accuracy_bounds(hits: np.ndarray, rejections: np.ndarray, *, alpha: float = ALPHA) -> tuple[float, float]:
+    """Bounds on balanced accuracy after some documents, within which it lies with probability 1 - alpha after all of them
+    at once, so that one may look after every document and stop at will.
 
-    With probability 1 - alpha the mean lies within all of them, so that one may look after every value and stop at will.
-    The hedged capital process with predictable plug-in bets, Waudby-Smith and Ramdas, "Estimating means of bounded random
-    variables by betting", JRSS B 86 (2024), theorem 3 and equations 24 to 26, for values of equal conditional mean. On a
-    grid of means; the bounds are moved outwards by one step of it.
+    hits, rejections: the share of a document's windows judged rightly, of those that fire and of those that do not: float64
+    [D] in [0, 1], NaN where it has none, in the order of asking. The hedged capital process with predictable plug-in bets of
+    Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", JRSS B 86 (2024), theorem 3 and
+    equations 24 to 26, on each pair (recall, true negative rate) of a grid: one gambler bets that both are higher, one that
+    both are lower, and a pair is out once either has won. A document's two bets add up instead of multiplying, which is fair
+    however its hits and rejections depend on each other. The bounds are moved outwards by one step of the grid.
     """
-    values = np.asarray(values, dtype=np.float64)
     means = np.linspace(0, 1, GRID + 1)
-    bets = _bets(values, alpha)
-    above, below = np.zeros_like(means), np.zeros_like(means)  # log capital of betting that the mean is higher, lower
-    kept = np.ones(len(means), dtype=bool)
-    bounds = [(0.0, 1.0)]
-    with np.errstate(divide="ignore"):
-        most_above, most_below = MOST_OF_THE_CAPITAL / means, MOST_OF_THE_CAPITAL / (1 - means)
-    for value, bet in zip(values, bets, strict=True):
-        above += np.log1p(np.minimum(bet, most_above) * (value - means))
-        below += np.log1p(-np.minimum(bet, most_below) * (value - means))
-        kept &= np.maximum(above, below) + np.log(0.5) < np.log(1 / alpha)
-        left = np.flatnonzero(kept)
-        low, high = bounds[-1]
-        if len(left):  # none: the interval is narrower than a step
-            low, high = max(low, means[max(left[0] - 1, 0)]), min(high, means[min(left[-1] + 1, GRID)])
-        bounds.append((float(low), float(high)))
-    return np.array(bounds)
+    pair = (means[:, None], means[None])
+    higher, lower = np.ones((2, GRID + 1, GRID + 1))
+    kept = np.ones_like(higher, dtype=bool)
+    values, stakes = np.stack([hits, rejections]), _stakes(hits, rejections, alpha)
+    with np.errstate(divide="ignore", over="ignore"):  # no limit on a bet that a mean is more than 0; a fortune is infinite
+        for number in range(len(hits)):
+            there = np.flatnonzero(~np.isnan(values[:, number]))
+            up, down = np.ones_like(higher), np.ones_like(lower)
+            for of in there:
+                most, stake = MOST_OF_THE_CAPITAL / len(there), stakes[of, number]
+                up += np.minimum(stake, most / pair[of]) * (values[of, number] - pair[of])
+                down -= np.minimum(stake, most / (1 - pair[of])) * (values[of, number] - pair[of])
+            higher, lower = higher * up, lower * down
+            left = kept & (np.maximum(higher, lower) / 2 < 1 / alpha)
+            if not left.any():  # more is known than the grid can say
+                break
+            kept = left
+    accuracy = ((pair[0] + pair[1]) / 2)[kept]
+    return max(float(accuracy.min()) - 1 / GRID, 0.0), min(float(accuracy.max()) + 1 / GRID, 1.0)
 
 
-def _bets(values: np.ndarray, alpha: float) -> np.ndarray:
-    """What to stake on each value, from those before it: float64 [n]."""
-    count = np.arange(1, len(values) + 1)
-    mean = (0.5 + np.cumsum(values)) / (count + 1)
-    variance = (0.25 + np.cumsum((values - mean) ** 2)) / (count + 1)
-    before = np.r_[0.25, variance[:-1]][: len(values)]
-    return np.sqrt(2 * np.log(2 / alpha) / (before * count * np.log(count + 1)))
+def _stakes(hits: np.ndarray, rejections: np.ndarray, alpha: float) -> np.ndarray:
+    """What to bet on each value, from those before it: float64 [2, D], 0 where there is none."""
+    there = ~np.isnan(np.stack([hits, rejections]))
+    count = np.cumsum(there.sum(axis=0))
+    stakes = np.zeros(there.shape)
+    for of, values in enumerate((hits, rejections)):
+        seen = values[there[of]]
+        number = np.arange(2, len(seen) + 2)
+        mean = (0.5 + np.cumsum(seen)) / number
+        variance = (0.25 + np.cumsum((seen - mean) ** 2)) / number
+        before, bets = np.r_[0.25, variance[:-1]][: len(seen)], count[there[of]]
+        stakes[of, there[of]] = np.sqrt(2 * np.log(2 / alpha) / (before * bets * np.log(bets + 1)))
+    return stakes
 
 
-def _by_document(document: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The mean of each document, in the order in which documents first come: float64 [D]."""
+def _by_document(document: np.ndarray, fires: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of `right` over each document's windows that fire and over those that do not: two float64 [D], NaN where
+    there are none, documents in the order in which they first come."""
     _, first, index = np.unique(document, return_index=True, return_inverse=True)
-    sums, counts = np.bincount(index, weights=right), np.bincount(index)
-    return (sums / np.maximum(counts, 1))[np.argsort(first)]
+    order = np.argsort(first)
+    means = []
+    for of in (fires, ~fires):
+        counts = np.bincount(index[of], minlength=len(first)).astype(np.float64)
+        sums = np.bincount(index[of], weights=right[of], minlength=len(first))
+        means.append(np.divide(sums, counts, out=np.full(len(first), np.nan), where=counts > 0)[order])
+    return means[0], means[1]
 
 
 def q_values(p: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ class Trial:
 
     def shown(self) -> list[Round]:
         """The rounds played."""
-        return self.rounds["own"][: self.played]
+        return self.rounds.get("own", [])[: self.played]
 
     def rows_shown(self) -> list[int]:
         """The row in `windows` of each window of those rounds."""

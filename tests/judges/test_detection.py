@@ -20,7 +20,6 @@ def test_every_window_is_shown_once_and_unmarked(windows):
         rounds = detection.requests("sae", claim(feature), mine, seed=0)
         assert sorted(row for round in rounds for row in round.rows) == list(range(len(mine)))
         for round in rounds:
-            assert len(round.rows) <= 20
             assert shown_in(body_of(round)).texts == ["".join(mine["texts"][row]) for row in round.rows]
             assert list(round.kinds) == [mine["kind"][row] for row in round.rows]
             assert round.expected == tuple(kind == "positive" for kind in round.kinds)
@@ -64,9 +63,7 @@ def test_the_place_of_a_window_in_its_request_does_not_tell_its_kind(windows):
     error = np.sqrt(place.var() * (1 / fires.sum() + 1 / (1 - fires).sum()))
     assert abs(place[fires == 1].mean() - place[fires == 0].mean()) < 4 * error
     assert all(
-        0 < sum(round.expected) < len(round.expected)
-        for round in detection.requests("sae", claim(THE), windows.of(THE), seed=0)
-        if len(round.rows) > 12
+        0 < sum(round.expected) < len(round.expected) for round in detection.requests("sae", claim(THE), windows.of(THE), seed=0)
     )
 
 

@@ -83,7 +83,6 @@ def test_a_judge_that_reads_the_marks_is_read_as_expected(windows, judge):
 def test_the_prompt_is_the_same_for_every_request(windows):
     rounds = [round for f in (THE, RUNS) for round in fuzzing.requests("sae", claim(f), windows.of(f), seed=0)]
     assert len({round.request.messages[0]["content"] for round in rounds}) == 1
-    assert all(len(round.rows) <= 20 for round in rounds)
 
 
 def test_without_positives_there_is_nothing_to_mark(windows):

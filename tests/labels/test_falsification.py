@@ -1,4 +1,4 @@
-"""Labels whose predictions are run through the real model and the demo SAE."""
+"""Labels whose predictions are run through the real model and the demo SAE; what needs the SAE is slow for its sake."""
 
 import json
 from dataclasses import dataclass, replace
@@ -77,6 +77,12 @@ def own(demo: Demo, feature: int) -> pl.DataFrame:
     return demo.select.of(feature)
 
 
+def rarest(demo: Demo) -> int:
+    """The feature that leaves most windows silent."""
+    return list(demo.rules)[-1]
+
+
+@pytest.mark.slow
 def test_a_rule_silences_windows_that_fire_and_ends_silent_ones_with_what_it_matches(demo):
     tokenizer = demo.probe.subject.tokenizer
     for feature, rule in demo.rules.items():
@@ -112,7 +118,7 @@ BY_HAND = windows_of(
 )
 
 
-def test_a_rule_about_the_token_before_is_turned_around_there_and_the_place_stays(demo):
+def test_a_rule_about_the_token_before_is_turned_around_there_and_the_place_stays():
     silencing, inserting = rule_edits(Rule("previous", (" of",)), BY_HAND, BY_HAND.head(0))
     assert silencing.original == Passage("The lake of Geneva", len("The lake of")) and not silencing.expected
     assert silencing.edited.text[silencing.edited.place :] == " Geneva" and " of" not in silencing.edited.text
@@ -136,6 +142,7 @@ def test_what_depends_on_more_than_the_tokens_before_is_left_alone(rule):
     assert rule_edits(rule, BY_HAND, BY_HAND) == []
 
 
+@pytest.mark.slow
 def test_right_rules_hold_and_those_of_other_features_are_demoted(demo):
     right, wrong = demo.labels(demo.rules), demo.labels(shuffled(demo.rules))
     found = falsify([*right, *wrong], demo.select, demo.probe, edits={})
@@ -144,6 +151,7 @@ def test_right_rules_hold_and_those_of_other_features_are_demoted(demo):
     assert len({label.label_id for label in right} & set(held)) >= 0.9 * len(right)
 
 
+@pytest.mark.slow
 def test_the_table_keeps_every_text_and_its_counts_are_those_of_the_verdicts(demo):
     labels = demo.labels(demo.rules)[:3]
     found = falsify(labels, demo.select, demo.probe, edits={})
@@ -181,6 +189,7 @@ def sentences(demo) -> dict[int, tuple[list[str], list[str]]]:
     return given
 
 
+@pytest.mark.slow
 def test_predicted_sentences_decide_a_claim_in_words(demo, sentences):
     right = [text_label(demo, f, positive, negative) for f, (positive, negative) in sentences.items()]
     wrong = [text_label(demo, f, negative, positive, label="wrong") for f, (positive, negative) in sentences.items()]
@@ -189,6 +198,7 @@ def test_predicted_sentences_decide_a_claim_in_words(demo, sentences):
     assert set(found.table["origin"]) == {"predicted"} and set(found.table["document_id"]) == {""}
 
 
+@pytest.mark.slow
 def test_without_negatives_a_feature_has_to_beat_chance(demo, sentences):
     labels = [text_label(demo, f, positive, []) for f, (positive, _) in sentences.items()]
     found = falsify(labels, demo.select, demo.probe, edits={})
@@ -198,6 +208,7 @@ def test_without_negatives_a_feature_has_to_beat_chance(demo, sentences):
     assert 0 < len(found.demoted) < len(labels)
 
 
+@pytest.mark.slow
 def test_chance_is_how_often_a_feature_fires_on_the_positives_of_others(demo, sentences):
     labels = [text_label(demo, f, positive, negative) for f, (positive, negative) in sentences.items()]
     found = falsify(labels, demo.select, demo.probe, edits={})
@@ -208,6 +219,7 @@ def test_chance_is_how_often_a_feature_fires_on_the_positives_of_others(demo, se
         assert chance == pytest.approx(np.mean(strange), abs=0.03)
 
 
+@pytest.mark.slow
 def test_too_few_predictions_leave_a_label_untested(demo, sentences):
     feature, (positive, negative) = next(iter(sentences.items()))
     silent = text_label(demo, feature, negative[:1], positive)
@@ -219,6 +231,7 @@ def test_too_few_predictions_leave_a_label_untested(demo, sentences):
     assert not len(nothing.table) and not nothing.demoted
 
 
+@pytest.mark.slow
 def test_an_edit_of_text_that_does_not_fire_by_itself_says_nothing(demo, sentences):
     feature, (positive, negative) = next(iter(sentences.items()))
     label = text_label(demo, feature, positive, [])
@@ -228,6 +241,7 @@ def test_an_edit_of_text_that_does_not_fire_by_itself_says_nothing(demo, sentenc
     assert found.table.filter(pl.col("origin") == "edit")["text"].to_list() == [negative[0]]
 
 
+@pytest.mark.slow
 def test_windows_of_another_split_are_refused(demo):
     report = draw_windows(demo.units, demo.firings, list(demo.rules), split="report", neighbours=None)
     with pytest.raises(LeakError):
@@ -241,8 +255,9 @@ def answered(label: Label, demo: Demo, edits: list[dict[str, str]]) -> Answer:
     return Answer(request, "key", ChatReply(json.dumps({"edits": edits}), "stop", model="m"))
 
 
+@pytest.mark.slow
 def test_an_llm_is_shown_the_claim_and_windows_of_both_kinds_and_nothing_of_other_splits(demo):
-    feature = next(iter(demo.rules))
+    feature = rarest(demo)
     label = text_label(demo, feature, [], [])
     (request,) = edit_requests("sae", label, demo.select)
     assert request.purpose == "edit" and request.prompt == PROMPT.stamp and request.messages[0]["content"] == PROMPT.text
@@ -258,12 +273,14 @@ def test_an_llm_is_shown_the_claim_and_windows_of_both_kinds_and_nothing_of_othe
     assert edit_requests("sae", replace(label, feature=2**20), demo.select) == []
 
 
+@pytest.mark.slow
 def test_the_prompt_is_long_enough_to_be_cached(demo):
     assert len(demo.probe.subject.tokenizer(PROMPT.text)["input_ids"]) >= 1024
 
 
+@pytest.mark.slow
 def test_edits_are_read_back_with_their_document_and_what_is_expected(demo):
-    feature = next(iter(demo.rules))
+    feature = rarest(demo)
     label = text_label(demo, feature, [], [])
     windows = own(demo, feature)
     fires, silent = (windows.filter(pl.col("kind") == kind).row(1, named=True) for kind in ("positive", "random"))
@@ -274,8 +291,9 @@ def test_edits_are_read_back_with_their_document_and_what_is_expected(demo):
     assert second == Edit(Passage(f"{texts[1]} again".strip()), True, silent["document_id"])
 
 
+@pytest.mark.slow
 def test_what_is_no_edit_is_left_out_and_what_breaks_the_contract_is_no_answer(demo):
-    label = text_label(demo, next(iter(demo.rules)), [], [])
+    label = text_label(demo, rarest(demo), [], [])
     text = "".join(own(demo, label.feature).filter(pl.col("kind") == "positive").row(0, named=True)["texts"])
     unchanged, rewritten = {"id": "fires-1", "text": text}, {"id": "silent-1", "text": "Something else altogether."}
     assert read_edits(answered(label, demo, [unchanged, rewritten]), label, demo.select) == []

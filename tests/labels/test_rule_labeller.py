@@ -140,7 +140,7 @@ def test_everything_refused_is_no_error(units, firings):
 
 
 def test_features_that_fire_too_seldom_for_any_candidate_are_incoherent(units):
-    once = firings_of(np.flatnonzero(units.in_split("explain"))[[5, 500, 1000], None], 3)
+    once = firings_of(list(np.flatnonzero(units.in_split("explain"))[[5, 500, 1000], None]), 3)
     assert [label.status for label in propose_rules(units, once, {}, SETTINGS)] == ["incoherent"] * 3
 
 
@@ -152,7 +152,8 @@ def test_more_keys_cost_more(units, firings):
 
 
 HEALTHY = {
-    "tokens": 100,
+    "explain_tokens": 80,
+    "select_tokens": 20,
     "density": 0.01,
     "early_share": 0.1,
     "explain_contexts": 30,
@@ -165,7 +166,8 @@ HEALTHY = {
     ("facts", "status"),
     [
         ({}, None),
-        ({"tokens": 0, "density": 0.0, "explain_contexts": 0}, "dead"),
+        ({"explain_tokens": 0, "select_tokens": 0, "explain_contexts": 0}, "dead"),
+        ({"explain_tokens": 0, "explain_contexts": 0}, "rare"),
         ({"density": 0.11}, "dense"),
         ({"density": 0.1}, None),
         ({"early_share": 0.81}, "positional"),

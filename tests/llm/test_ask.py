@@ -187,7 +187,7 @@ def test_a_retry_after_beyond_patience_is_not_waited_for(server, run):
 
 
 def test_retry_after_holds_back_every_request(server, run):
-    arrivals = []
+    arrivals: list[float] = []
 
     def busy_once(call: Call):
         arrivals.append(time.monotonic())
@@ -286,9 +286,26 @@ def test_no_more_requests_than_allowed_are_under_way(server, run):
     assert 1 < server.most_in_flight <= 3
 
 
-def test_a_storm_of_429_slows_the_run_down_and_loses_nothing(server, run):
+def test_a_storm_of_429_slows_the_run_down_and_loses_nothing(server, run, monkeypatch):
+    lowest = []
+
+    class Watched(limits.Pace):
+        def throttled(self, sent_at: float, now: float) -> None:
+            super().throttled(sent_at, now)
+            lowest.append(self.limit)
+
+    monkeypatch.setattr(sending, "Pace", Watched)
     server.faults = storms(7, {"429": 0.5}, at_most=3, burst=(12, 4))
-    assert all(map(is_ok, run(60, max_concurrency=16, max_attempts=8)))
+    assert all(map(is_ok, run(60, max_concurrency=16)))
+    assert min(lowest) <= 8
+
+
+def test_a_server_that_is_busy_is_given_longer_than_one_that_fails(server, run):
+    server.faults = lambda call: "429" if call.number <= 7 else "ok"
+    assert is_ok(run(max_attempts=2)[0])
+    server.faults = lambda call: "500"
+    assert not is_ok(run(2, max_attempts=2)[1])
+    assert len(server.requests) == 8 + 2
 
 
 def test_what_goes_out_is_taken_from_the_minutes_allowance(server, run, monkeypatch, spent):

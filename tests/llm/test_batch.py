@@ -345,6 +345,7 @@ class MortalJournal(Journal):
         super()._append(event)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["provider", "local"])
 def test_killed_at_any_line_of_the_journal_each_request_is_still_answered_and_its_cost_known(tmp_path, smollm2, mode):
     requests = [number(n) for n in range(3)]

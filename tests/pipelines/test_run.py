@@ -43,10 +43,23 @@ def test_each_partition_carries_its_own_numbers(finished: World):
 def test_each_stage_charts_its_numbers_and_shows_examples(finished: World):
     key = finished.keys[0]
     assert {"tokens_per_second", "l0", "fvu", "dead_share"} <= materialisations(finished, "activation_cache", key)[0].keys()
-    assert "labelled_share" in materialisations(finished, "feature_labels", key)[0]
-    assert "mean_f1" in materialisations(finished, "label_scores", key)[0]
+    assert {"coverage", "status_ok", "refusals", "prompt_tokens"} <= materialisations(finished, "feature_labels", key)[0].keys()
+    scores = materialisations(finished, "label_scores", key)[0]
+    for control in ("shuffled", "constant", "trigger_tokens"):
+        assert {f"rule_execution_{name}_{control}" for name in ("balanced_accuracy", "f1")} <= scores.keys()
+    assert "data:image/png;base64" in scores["distribution"].value and "hit:" in scores["preview"].value
     assert "data:image/png;base64" in materialisations(finished, "feature_examples", key)[0]["densities"].value
     assert "F1" in materialisations(finished, "feature_index", key)[0]["preview"].value
+
+
+def test_labels_pass_their_blocking_checks(finished: World):
+    for name in ("no_leak", "answers_valid", "within_budget"):
+        record = finished.instance.event_log_storage.get_latest_asset_check_execution_by_key(
+            [dg.AssetCheckKey(dg.AssetKey("feature_labels"), name)]
+        )
+        (found,) = record.values()
+        evaluation = found.event.dagster_event.asset_check_evaluation_data  # type: ignore[union-attr]
+        assert evaluation.passed and evaluation.blocking
 
 
 def test_pool_limits_are_set(finished: World):

@@ -4,74 +4,93 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scopeatlas.scoring.sequential import GRID, confidence_sequence, decide, q_values
-
-STEP = 1 / GRID
+from scopeatlas.scoring.sequential import GRID, accuracy_bounds, decide, q_values
 
 
-def beta(generator, mean, size):
-    return generator.beta(2 * mean, 2 * (1 - mean), size)
+def alike(generator, recall, rejecting, documents):
+    """A judge's answers on one window of each kind a document: right or wrong together wherever that can be."""
+    luck = generator.random(documents)
+    return (luck < recall).astype(float), (luck < rejecting).astype(float)
 
 
-def bernoulli(generator, mean, size):
-    return (generator.random(size) < mean).astype(float)
+def of_three(generator, recall, rejecting, documents):
+    """Three windows of each kind a document, fewer than half of the documents having both kinds."""
+    hits, rejections = generator.binomial(3, recall, documents) / 3, generator.binomial(3, rejecting, documents) / 3
+    kind = generator.random(documents)
+    return np.where(kind < 0.35, np.nan, hits), np.where(kind > 0.75, np.nan, rejections)
 
 
-def of_three(generator, mean, size):
-    """What three windows of a document give: thirds."""
-    return generator.binomial(3, mean, size) / 3
+def graded(generator, recall, rejecting, documents):
+    """Verdicts anywhere between no and yes."""
+    return tuple(generator.beta(2 * mean, 2 * (1 - mean), documents) for mean in (recall, rejecting))
 
 
-@pytest.mark.parametrize("draw", [beta, bernoulli, of_three])
-@pytest.mark.parametrize("mean", [0.1, 0.5, 0.8, 0.97])
-def test_the_mean_stays_within_all_bounds_in_95_of_100_runs_however_often_one_looks(draw, mean):
-    values = draw(np.random.default_rng(7), mean, (300, 60))
+@pytest.mark.parametrize("draw", [alike, of_three, graded])
+@pytest.mark.parametrize("rates", [(0.5, 0.5), (0.97, 0.2), (0.8, 0.7)])
+def test_balanced_accuracy_is_within_all_bounds_in_95_of_100_runs_however_often_one_looks(draw, rates):
+    """Bounds after all documents are those that held after each of them: what was once out stays out."""
+    generator = np.random.default_rng(7)
     missed = 0
-    for row in values:
-        bounds = confidence_sequence(row)
-        missed += not ((bounds[:, 0] <= mean) & (mean <= bounds[:, 1])).all()
-    assert missed / len(values) <= 0.05
+    for _ in range(100):
+        low, high = accuracy_bounds(*draw(generator, *rates, 30))
+        missed += not low <= np.mean(rates) <= high
+    assert missed <= 5
 
 
-def capital(values, mean: float, alpha: float) -> tuple[float, float]:
-    """The two capitals at one mean after all values, spelled out from the paper's equations."""
-    above = below = 1.0
-    for t in range(1, len(values) + 1):
-        past = values[: t - 1]
-        averages = [(0.5 + sum(past[: i + 1])) / (i + 2) for i in range(len(past))]
-        variance = (0.25 + sum((x - m) ** 2 for x, m in zip(past, averages, strict=True))) / t
-        bet = math.sqrt(2 * math.log(2 / alpha) / (variance * t * math.log(t + 1)))
-        above *= 1 + min(bet, 0.75 / mean) * (values[t - 1] - mean)
-        below *= 1 - min(bet, 0.75 / (1 - mean)) * (values[t - 1] - mean)
-    return above, below
+def fortunes(hits, rejections, recall: float, rejecting: float, alpha: float) -> float:
+    """The most that either gambler ever had against one pair of means, spelled out."""
+    above = below = best = 1.0
+    values, true, seen = (hits, rejections), (recall, rejecting), ([], [])
+    bets_made = 0
+    for document in range(len(hits)):
+        there = [of for of in (0, 1) if not math.isnan(values[of][document])]
+        bets_made += len(there)
+        up = down = 1.0
+        for of in there:
+            averages = [(0.5 + sum(seen[of][: i + 1])) / (i + 2) for i in range(len(seen[of]))]
+            variance = (0.25 + sum((x - m) ** 2 for x, m in zip(seen[of], averages, strict=True))) / (len(seen[of]) + 1)
+            bet = math.sqrt(2 * math.log(2 / alpha) / (variance * bets_made * math.log(bets_made + 1)))
+            gain = values[of][document] - true[of]
+            up += min(bet, 0.75 / len(there) / true[of]) * gain
+            down -= min(bet, 0.75 / len(there) / (1 - true[of])) * gain
+            seen[of].append(values[of][document])
+        above, below = above * up, below * down
+        best = max(best, above, below)
+    return best
 
 
-def test_a_mean_is_kept_as_long_as_betting_against_it_has_not_paid(rng):
-    for size in (1, 5, 23):
-        values = rng.choice([0.0, 0.25, 0.5, 1.0], size)
-        low, high = confidence_sequence(values, alpha=0.1)[-1]
-        for bound, inside in ((low, low + 2 * STEP), (high, high - 2 * STEP)):
-            if STEP < bound < 1 - STEP:
-                outside, kept = (max(max(capital(values[:t], m, 0.1)) for t in range(1, size + 1)) for m in (bound, inside))
-                assert outside / 2 >= 10 > kept / 2
+def test_a_pair_of_rates_is_out_once_betting_against_it_has_paid(rng):
+    """The bounds are those of the pairs on a grid that are left, one step wider."""
+    for documents in (1, 6, 17):
+        hits, rejections = of_three(rng, 0.9, 0.8, documents)
+        grid = np.arange(1, GRID, 7) / GRID
+        left = [(r + t) / 2 for r in grid for t in grid if fortunes(hits.tolist(), rejections.tolist(), r, t, 0.1) / 2 < 10]
+        low, high = accuracy_bounds(hits, rejections, alpha=0.1)
+        assert low - 1e-9 <= min(left) <= low + 8 / GRID and high - 8 / GRID <= max(left) <= high + 1e-9
 
 
 def test_bounds_never_widen_and_begin_with_everything(rng):
-    bounds = confidence_sequence(rng.random(80))
-    assert bounds.shape == (81, 2) and bounds[0].tolist() == [0, 1]
+    hits, rejections = of_three(rng, 0.8, 0.6, 40)
+    bounds = np.array([accuracy_bounds(hits[:n], rejections[:n]) for n in range(41)])
+    assert bounds[0].tolist() == [0, 1]
     assert (np.diff(bounds[:, 0]) >= 0).all() and (np.diff(bounds[:, 1]) <= 0).all()
     assert (bounds[:, 0] < bounds[:, 1]).all()
 
 
-def test_bounds_close_in_on_the_mean(rng):
-    bounds = confidence_sequence(bernoulli(rng, 0.7, 4000))
-    assert np.ptp(bounds[-1]) < 0.15 < np.ptp(bounds[60])
+def test_bounds_close_in_on_balanced_accuracy(rng):
+    hits, rejections = graded(rng, 0.9, 0.5, 600)
+    widths = [np.ptp(accuracy_bounds(hits[:n], rejections[:n])) for n in (40, 600)]
+    assert widths[1] < 0.15 < widths[0]
 
 
 def test_values_that_never_vary_do_not_break_it():
-    for constant in (0.0, 0.5, 1.0):
-        low, high = confidence_sequence(np.full(2000, constant))[-1]
-        assert low <= constant <= high and high - low < 0.01
+    for recall, rejecting in ((0, 0), (1, 1), (1, 0), (0.5, 0.5)):
+        low, high = accuracy_bounds(np.full(400, recall), np.full(400, rejecting))
+        assert low <= (recall + rejecting) / 2 <= high and high - low < (0.25 if recall != rejecting else 0.1)
+
+
+def test_nothing_answered_leaves_everything_open():
+    assert accuracy_bounds(np.array([np.nan]), np.array([np.nan])) == (0, 1)
 
 
 def verdicts(generator, accuracy: float, *, size: int = 100, per_document: int = 1):
@@ -104,15 +123,15 @@ def test_a_label_that_is_worse_than_chance_is_given_up():
 
 
 def test_chance_is_called_skill_in_at_most_5_of_100_runs_when_asked_after_every_document():
-    """Three windows a document that are right or wrong together, and half the documents on which the judge is lucky."""
+    """Three windows a document, for all of which the judge says the same. Bounds never widen, so the last look counts."""
     generator = np.random.default_rng(11)
     called = 0
-    for _ in range(100):
+    for _ in range(200):
         document = np.arange(90) // 3
         fires = generator.random(90) < 0.5
-        says = np.repeat(generator.random(30) < 0.5, 3).astype(float)  # one answer for a whole document
-        called += any(decide(document[:n], fires[:n], says[:n], used_up=False).reason == "above_chance" for n in range(3, 91, 3))
-    assert called <= 5
+        says = np.repeat(generator.random(30) < 0.5, 3).astype(float)
+        called += decide(document, fires, says, used_up=False).reason == "above_chance"
+    assert called <= 10
 
 
 def test_bounds_of_balanced_accuracy_hold_a_lopsided_judge(rng):
