@@ -17,7 +17,7 @@ from scopeatlas.corpus.leakage import find_leaks
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.errors import LeakError
 from scopeatlas.labels import stage
-from scopeatlas.llm.journal import open_journal
+from scopeatlas.llm.journal import read_journal
 from scopeatlas.llm.ledger import Spent
 from scopeatlas.mining.examples import examples_key, open_examples
 from scopeatlas.selection import Wanted, features_wanted
@@ -29,7 +29,7 @@ MOST_INVALID = 0.5
 class LabelRun(dg.Config):
     """What this run asks the LLM to explain, beside what was asked before. Without any of it: the best-evidenced features.
 
-    A feature costs about 3,500 tokens to explain and 2,000 to 9,000 to score with a judge (`bench/token_costs.py`); the job
+    A feature costs about 4,400 tokens to explain and 10,000 to 14,000 to score with a judge (`bench/memoriser.py`); the job
     `label_cost`, launched with the same config, says what this very run would cost and spends nothing.
     """
 
@@ -123,9 +123,12 @@ def feature_labels(
         return describe(labels) | {"preview": preview}, labels.key.identity, reused
 
     def checks() -> list[dg.AssetCheckResult]:
-        with open_journal(run.store.root) as journal:
-            spent = journal.spent()
-        return _checks(tally, spent, labelling.labels().explainer.max_tokens_total, len(context.partition_keys))
+        return _checks(
+            tally,
+            read_journal(run.store.root).spent(),
+            labelling.labels().explainer.max_tokens_total,
+            len(context.partition_keys),
+        )
 
     yield from each_sae(context, run, label, checks=checks)
 

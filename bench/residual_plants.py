@@ -1,6 +1,6 @@
 """Planted in a real residual stream: an SAE whose features are linear probes for known concepts, through the whole chain.
 
-    .venv/bin/python -m bench.residual_plants
+    .venv/bin/python -m bench.residual_plants    # about two minutes
 
 What belongs here: fitting the probes, writing them as a release, and holding what the chain says of them against what
 they are. What does not: marking and agreement (`plants.py`), planting without a model (`planted.py`).
@@ -22,10 +22,11 @@ import polars as pl
 import torch
 
 from bench.planted import MODEL, NUMBERS, digits, ends_in
-from bench.plants import Agreement, Concept, agreement, among, marked, rule_agreements, word
-from scopeatlas.activations.cache import cache_activations
+from bench.plants import Agreement, Concept, agreement, among, claimed, marked, word
+from scopeatlas.activations.cache import BATCH_CONTEXTS, cache_activations
 from scopeatlas.corpus.build import Corpus, CorpusSettings, build_corpus
 from scopeatlas.corpus.contexts import ContextRules
+from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.corpus.sampling import Sampling
 from scopeatlas.corpus.sources import Source
 from scopeatlas.dictionaries.releases import SaeEntry
@@ -113,11 +114,14 @@ class Readers:
     bias: torch.Tensor
 
 
-def residuals(corpus: Corpus, subject: SubjectModel) -> torch.Tensor:
-    """The residual stream at SITE at every position of the corpus: float32 [N, d], as `Units` numbers them."""
-    tables = [torch.from_numpy(corpus.contexts(shard).tokens).long() for shard in corpus.shards]
-    parts = [capture(subject.model, table[rows], [SITE])[SITE].float() for table in tables for rows in batches(table.numpy(), 16)]
-    return torch.cat([part.flatten(0, 1) for part in parts])
+def residuals(units: Units, corpus: Corpus, subject: SubjectModel) -> torch.Tensor:
+    """The residual stream at SITE, as `Units` numbers positions: float32 [N, d]; NaN in report documents, which are not read."""
+    tokens = torch.from_numpy(np.concatenate([corpus.contexts(shard).tokens for shard in corpus.shards])).long()
+    out = torch.full((*tokens.shape, subject.d_model), torch.nan)
+    read = np.flatnonzero(units.context_split != SPLITS.index("report"))
+    for rows in batches(read, BATCH_CONTEXTS):
+        out[read[rows]] = capture(subject.model, tokens[read[rows]], [SITE])[SITE].float()
+    return out.flatten(0, 1)
 
 
 def logistic(x_td: torch.Tensor, meant_tn: torch.Tensor) -> torch.Tensor:
@@ -204,7 +208,7 @@ def through_the_chain(folder: Path, subject: SubjectModel, *, seed: int) -> list
     corpus = build_corpus(store, SETTINGS, subject)[0]
     units = Units(corpus, subject)
     meant = marked(units, list(CONCEPTS.values()))
-    entry = write_release(folder / "release", fit_readers(units, residuals(corpus, subject), meant, seed=seed))
+    entry = write_release(folder / "release", fit_readers(units, residuals(units, corpus, subject), meant, seed=seed))
     cached = cache_activations(store, corpus, [entry], subject)
     assert not cached.failed, cached.failed
     mine_examples(store, corpus, entry, subject)
@@ -214,11 +218,12 @@ def through_the_chain(folder: Path, subject: SubjectModel, *, seed: int) -> list
     shown = {row["feature"]: row for row in published(scores.table, labels.table).iter_rows(named=True)}
     ruled = labels.table.filter(pl.col("method") == "rule").sort("feature")
     rules = {row["feature"]: Rule.from_json(row["rule"]) for row in ruled.iter_rows(named=True) if row["status"] == "ok"}
-    against = rule_agreements(units, {feature: rule for feature, rule in rules.items() if feature < len(meant)}, meant)
+    claims = claimed(units, {feature: rule for feature, rule in rules.items() if feature < len(meant)})
     fires = np.zeros_like(meant)
     planted = firings.feature < len(meant)
     fires[firings.feature[planted], firings.position[planted]] = True
     inside, none = units.in_split("report"), Agreement(0, 0)
+    against = {feature: agreement(claim, meant[feature] & inside) for feature, claim in claims.items()}
     probes = [agreement(*pair) for pair in zip(fires & inside, meant & inside, strict=True)]
     names, probes = [*CONCEPTS, *[CHANCE] * RANDOM_DIRECTIONS], [*probes, *[none] * RANDOM_DIRECTIONS]
     return [

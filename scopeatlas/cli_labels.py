@@ -94,10 +94,9 @@ def draw_labels(scores: Path, outcomes: Path, count: int, seed: int) -> list[dic
 def spent(root: Path, as_json: bool) -> None:
     """Say what the LLM has cost so far, by purpose: answers, and what is reserved for requests whose answer never came."""
     from scopeatlas import rendering
-    from scopeatlas.llm.journal import open_journal
+    from scopeatlas.llm.journal import read_journal
 
-    with open_journal(root) as journal:
-        purposes = journal.spent_by_purpose()
+    purposes = read_journal(root).spent_by_purpose()
     if as_json:
         rendering.print_json({name: vars(cost) for name, cost in purposes.items()})
     elif purposes:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.planted import IN_FAMILY_BAR, SHUFFLED_BAR, Found, build_text, judge, planted, recover, totals
+from bench.planted import IN_FAMILY_BAR, SHUFFLED_BAR, Found, build_text, judge, members_found, planted, recover, totals
 from bench.plants import Agreement, agreement
 from scopeatlas.hypotheses.rules import Rule
 from scopeatlas.hypotheses.units import Units
@@ -58,24 +58,39 @@ def test_a_held_out_score_sees_the_misses_and_spurious_firings_that_were_planted
     assert digits.scores["precision"] == pytest.approx(0.9, abs=0.02)  # a tenth of which was made to miss
 
 
+WHICH = Rule("word", ("which",))
+
+
 @pytest.mark.parametrize(
-    ("name", "rule", "against", "verdict"),
+    ("name", "rule", "against", "members", "verdict"),
     [
-        ("a word", Rule("word", ("which",)), TRUE, "right"),
-        ("a word", Rule("prefix", ("whic",)), TRUE, "wrong"),  # the right tokens by another kind of rule
-        ("a word", Rule("word", ("which",)), Agreement(0.7, 1), "wrong"),
-        ("a word", Rule("word", ("which",)), Agreement(1, 0.5), "wrong"),
-        ("two meanings", Rule("word", ("language", "languages")), TRUE, "wrong"),  # half of its members
-        ("two meanings", Rule("word", ("language", "languages", "thread")), TRUE, "right"),
-        ("dense", Rule("word", ("the",)), TRUE, "wrong"),
-        ("dense", None, Agreement(0, 0), "refused"),
-        ("questions", Rule("word", ("what",)), Agreement(0.9, 0.01), "partial"),
-        ("questions", Rule("word", ("what",)), Agreement(0.5, 0.9), "misleading"),
+        ("a word", WHICH, TRUE, 1, "right"),
+        ("a word", Rule("prefix", ("whic",)), TRUE, 1, "wrong"),  # the right tokens by another kind of rule
+        ("a word", Rule("and", parts=(WHICH, Rule("prefix", ("whic",)))), TRUE, 1, "wrong"),
+        ("a word", WHICH, Agreement(0.7, 1), 1, "wrong"),
+        ("a word", WHICH, Agreement(1, 0.5), 1, "wrong"),
+        ("two meanings", Rule("word", ("language", "languages")), TRUE, 0.5, "wrong"),
+        ("two meanings", Rule("word", ("language", "languages", "thread")), TRUE, 0.75, "right"),
+        ("dense", WHICH, TRUE, 1, "wrong"),
+        ("dense", None, Agreement(0, 0), 1, "refused"),
+        ("questions", Rule("word", ("what",)), Agreement(0.9, 0.01), 1, "partial"),
+        ("questions", Rule("word", ("what",)), Agreement(0.5, 0.9), 1, "misleading"),
     ],
 )
-def test_what_counts_as_finding_a_plant(name, rule, against, verdict):
-    plant = PLANTS[name]
-    assert judge(plant, rule, against, plant.members) == verdict
+def test_what_counts_as_finding_a_plant(name, rule, against, members, verdict):
+    assert judge(PLANTS[name], rule, against, members) == verdict
+
+
+@pytest.mark.slow
+def test_a_member_is_found_where_half_of_its_places_are_claimed(units):
+    keys, words = units.column("word")
+    one = keys == words.index("one")
+    two = np.flatnonzero((keys == words.index("two")) & units.in_split("report"))
+    half = np.isin(np.arange(len(keys)), two[: (len(two) + 1) // 2])
+    fewer = np.isin(np.arange(len(keys)), two[: (len(two) - 1) // 2])
+    assert members_found(units, ["one", "two"], one | half) == 1
+    assert members_found(units, ["one", "two"], one | fewer) == 0.5
+    assert members_found(units, ["one", "a word that no text holds"], one) == 1
 
 
 def test_agreement_is_precision_and_recall_of_masks(rng):

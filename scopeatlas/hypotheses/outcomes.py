@@ -51,7 +51,7 @@ def outcomes(units: Units, firings: Firings, rules: Mapping[int, Rule], *, split
     places = places.sort(*group, "document", "order").with_columns(again=pl.int_range(pl.len()).over(*group, "document"))
     places = places.sort(*group, "again", "order").filter(pl.int_range(pl.len()).over(*group) < per_kind)
     rank = pl.col("outcome").replace_strict({name: i for i, name in enumerate(OUTCOMES)}, return_dtype=pl.Int8)
-    return places.sort("feature", rank, maintain_order=True).select(OUTCOME_SCHEMA).cast(OUTCOME_SCHEMA)  # pyright: ignore[reportArgumentType]
+    return places.sort("feature", rank, maintain_order=True).select(*OUTCOME_SCHEMA)
 
 
 def _only(firings: Firings, kept: np.ndarray) -> Firings:

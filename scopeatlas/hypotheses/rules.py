@@ -193,7 +193,7 @@ class Rule:
             ordered = sorted(self.parts, key=lambda part: not part._what()) if self.kind == "and" else self.parts
             between = {"and": " " if any(not part._what() for part in ordered) else " & ", "or": " or ", "and_not": ", not "}
             return between[self.kind].join(part.short() for part in ordered)
-        words = [_visible(key) for key in self.keys[:SHORT_KEYS]]
+        words = [" ".join(_visible(part) for part in key.split(PAIR)) for key in self.keys[:SHORT_KEYS]]
         words += ["…"] if len(self.keys) > SHORT_KEYS else []
         match self.kind:
             case "previous":
@@ -206,8 +206,6 @@ class Rule:
                 return f"two after {' / '.join(words)}"
             case "near":
                 return f"soon after {' / '.join(words)}"
-            case "bigram":
-                return ", ".join(" ".join(_visible(part) for part in word.split(PAIR)) for word in words)
             case "prefix":
                 return " / ".join(f"{word}-" for word in words).replace("…-", "…")
             case "suffix":

@@ -61,7 +61,7 @@ def rule_edits(rule: Rule, own: pl.DataFrame, others: pl.DataFrame) -> list[Edit
 
     own: windows of the feature, `others` of any feature, from which text that the rule matches is taken too. Silencing: in
     a window that fires where the rule says so, one token is replaced so that the rule no longer does. Inserting: text that
-    the rule matches ends a window in which the feature is silent. All end at the place in question, since a language model
+    the rule matches, whole words of it, ends a window in which the feature is silent. All end at the place in question, since a language model
     sees nothing after it.
     """
     if rule.unit == "context":
@@ -109,13 +109,18 @@ def _inserting(rule: Rule, positive: pl.DataFrame, silent: pl.DataFrame, others:
     for tokens in _matched(rule, positive, others):
         host = hosts[made % len(hosts)]
         before = host["texts"][:PREFIX]
-        for length in range(1, len(tokens) + 1):
+        for length in range(_last_word(tokens), len(tokens) + 1):
             if rule.matches([*before, *tokens[-length:]])[-1]:
                 yield Edit(_passage([*before, *tokens[-length:]], 1), True, host["document_id"])
                 made += 1
                 break
         if made == EDITS:
             return
+
+
+def _last_word(tokens: list[str]) -> int:
+    """How many tokens the last word is made of: a digit or an ending without what it follows would be no real text."""
+    return next((n for n in range(1, len(tokens)) if tokens[-n][:1].isspace()), len(tokens))
 
 
 def _matched(rule: Rule, positive: pl.DataFrame, others: pl.DataFrame) -> Iterator[list[str]]:

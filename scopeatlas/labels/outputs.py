@@ -26,7 +26,7 @@ WRITES_MIN_STRENGTH = 6.0
 """Promoted tokens are a claim only if the strongest stands this many standard deviations out of the vocabulary: over
 262,144 tokens chance alone reaches about 4.6."""
 WRITES_TOKENS = 5
-STEERED_PROMPTS, STEERED_LENGTH = 4, 24
+STEERED_PROMPTS, STEERED_LENGTH = 4, 12
 STEERING_VERSION = 1
 """Of what is remembered: raised when the prompts or the measure change."""
 

@@ -12,7 +12,7 @@ from scopeatlas.activations.probe import Probe
 from scopeatlas.dictionaries.releases import describe_sae, open_dictionary
 from scopeatlas.errors import LeakError
 from scopeatlas.hypotheses.labels import Label
-from scopeatlas.hypotheses.rules import Rule
+from scopeatlas.hypotheses.rules import REACH, Rule
 from scopeatlas.hypotheses.samples import Windows, draw_windows
 from scopeatlas.hypotheses.units import Firings, Units, read_firings
 from scopeatlas.labels.edits import PREFIX, PROMPT, SHOWN, Edit, Passage, edit_requests, read_edits, rule_edits
@@ -93,9 +93,9 @@ def test_a_rule_silences_windows_that_fire_and_ends_silent_ones_with_what_it_mat
         for edit in edits:
             last = edit.edited.text[edit.edited.place :]
             assert rule.matches([last]) == [edit.expected]
-            assert len(tokenizer(edit.edited.text, add_special_tokens=False)["input_ids"]) <= PREFIX + 4
+            assert len(tokenizer(edit.edited.text, add_special_tokens=False)["input_ids"]) <= PREFIX + REACH + 4
             if edit.original is None:
-                assert edit.expected and any(text.startswith(edit.edited.text[: edit.edited.place]) for text in texts)
+                assert edit.expected and any(edit.edited.text.startswith("".join(t[:PREFIX])) for t in windows["texts"])
             else:
                 assert not edit.expected and any(edit.original.text in text for text in texts)
                 assert edit.original.text[: edit.original.place] == edit.edited.text[: edit.edited.place]
@@ -135,6 +135,12 @@ def test_a_rule_that_matches_none_of_its_own_windows_takes_text_from_those_of_ot
     others = windows_of(("positive", ["It", " was", " cold"], 0))
     (inserting,) = rule_edits(Rule("token", (" cold",)), BY_HAND, others)
     assert inserting.edited.text == "A small boat with Red sails cold" and inserting.expected
+
+
+def test_a_piece_of_a_word_is_inserted_with_the_word_it_ends():
+    others = windows_of(("positive", ["In", " ", "1", "9", "0"], 0))
+    (inserting,) = rule_edits(Rule("token", ("0",)), BY_HAND, others)
+    assert inserting.edited == Passage("A small boat with Red sails 190", len("A small boat with Red sails 19"))
 
 
 @pytest.mark.parametrize("rule", [Rule("topic", ("lake",)), Rule("next", (" is",))])

@@ -5,12 +5,18 @@ import polars as pl
 import pytest
 
 from scopeatlas.corpus.documents import SPLITS
+from scopeatlas.hypotheses.labels import labels_of as labels_in
 from scopeatlas.hypotheses.rules import Rule
+from scopeatlas.hypotheses.samples import require
 from scopeatlas.labels import rule_labeller
 from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules
 from scopeatlas.labels.stage import LabelSettings, label_features
 from scopeatlas.mining.examples import examples_key, open_examples, read_examples
+from scopeatlas.runner.local import silent
+from scopeatlas.scoring.run import ScoreRun
 from scopeatlas.scoring.stage import ScoreSettings, score_labels
+from scopeatlas.scoring.writes import PROMPT_TOKENS, report_prompts
+from tests.conftest import WIDTH
 from tests.planted import EXACT, Planted, elsewhere, firings_of, matching, mined_again, plant, silent_in
 
 SETTINGS = LabelSettings()
@@ -45,7 +51,7 @@ def proposed(mined, monkeypatch):
 
     def proposed(firings) -> list:
         seen = []
-        for name, place in (("_score_token_candidates", 2), ("_topic_lift", 2)):
+        for name, place in (("_score_token_candidates", 2), ("_score_compositions", 2), ("_topic_lift", 2)):
             real = getattr(rule_labeller, name)
 
             def spy(*arguments, real=real, place=place):
@@ -55,7 +61,8 @@ def proposed(mined, monkeypatch):
             with monkeypatch.context() as patched:
                 patched.setattr(rule_labeller, name, spy)
                 propose_rules(mined.units, firings, {}, RuleSettings())
-        return [found.rows() if isinstance(found, pl.DataFrame) else found.tolist() for found in seen]
+        listed = {pl.DataFrame: lambda table: table.rows(), np.ndarray: lambda array: array.tolist(), list: list}
+        return [listed[type(found)](found) for found in seen]
 
     return proposed
 
@@ -114,16 +121,39 @@ def test_of_two_proposals_the_one_that_holds_on_select_documents_is_chosen(mined
 
 @pytest.mark.parametrize("split", ["explain", "select"])
 def test_firings_outside_report_documents_change_no_score(medium, mined, planted, subject, split):
+    """But for the controls that explain documents define: which tokens trigger a feature, and which feature is nearest."""
     labels_of(planted, subject)
     before = scores_of(planted, subject)
     stage = planted.store.stage(planted.entry.key, planted.corpus.id, "scores")
     stage.discard(next(stage.records()))
     plant(medium, subject, mined.units, elsewhere(mined.units, mined.firings, split), planted.store.root)
-    assert scores_of(planted, subject).equals(before)
+    after = scores_of(planted, subject)
+    if split == "explain":
+        defined = [name for name in before.columns if "trigger" in name or "neighbour" in name]
+        before, after = (table.filter(pl.col("arm") != "trigger_tokens").drop(defined) for table in (before, after))
+    assert after.equals(before)
 
 
 def test_firings_in_report_documents_do_change_scores(medium, mined, planted, subject):
     labels_of(planted, subject)
     plant(medium, subject, mined.units, elsewhere(mined.units, mined.firings, "report"), planted.store.root)
-    exact = scores_of(planted, subject).row(by_predicate=pl.col("feature") == EXACT, named=True)
+    scores = scores_of(planted, subject)
+    exact = scores.row(by_predicate=(pl.col("feature") == EXACT) & (pl.col("arm") == "own"), named=True)
     assert exact["f1"] < 0.2
+
+
+def test_what_labels_are_tested_on_is_of_report_documents_alone(medium, planted, subject):
+    labels = labels_in(labels_of(planted, subject).filter(pl.col("status") == "ok"))
+    run = ScoreRun(
+        planted.store, planted.corpus, planted.entry, subject, labels, settings=ScoreSettings(), width=WIDTH, log=silent
+    )
+    windows = run.windows(labels)
+    require(windows, "report")
+    splits = dict(medium.corpus.documents.select("document_id", "split").iter_rows())
+    assert {splits[document] for document in windows.table["document_id"]} == {"report"}
+    starts = {
+        tuple(contexts.tokens[i, :PROMPT_TOKENS]): contexts.document_ids[i]
+        for contexts in map(medium.corpus.contexts, medium.corpus.shards)
+        for i in range(len(contexts))
+    }
+    assert {splits[starts[tuple(prompt)]] for prompt in report_prompts(medium.corpus)[0]} == {"report"}

@@ -8,6 +8,7 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.hypotheses.metrics import lift, point_metrics
 from scopeatlas.hypotheses.rules import PAIR, Rule
 from scopeatlas.hypotheses.units import Firings, Units, document_counts
+from scopeatlas.labels import rule_labeller
 from scopeatlas.labels.rule_labeller import PSEUDO_UNITS, RuleSettings, propose_rules, refusals
 from tests.planted import firings_of, silent_in
 
@@ -19,6 +20,11 @@ PLANTED = {
     "previous": Rule("previous", (" of",)),
     "next": Rule("next", (" of",)),
     "bigram": Rule("bigram", (f"in{PAIR}the",)),
+    "shape": Rule("shape", ("digits",)),
+    "of and a capital": Rule("and", parts=(Rule("previous", (" of",)), Rule("shape", ("capitalised",)))),
+    "polysemantic": Rule("or", parts=(Rule("suffix", ("ing",)), Rule("previous", (" the",)))),
+    "exception": Rule("and_not", parts=(Rule("word", ("the",)), Rule("previous", (" of", " in")))),
+    "position": Rule("position", ("1", "2", "3", "4", "5")),
     "topic": Rule("topic", ()),  # the keys are chosen from the corpus
 }
 RANDOM = len(PLANTED)
@@ -56,7 +62,8 @@ def firings(units, topic, rng) -> Firings:
     for name, rule in PLANTED.items():
         at = planted_positions(units, Rule("topic", (topic,)) if name == "topic" else rule)
         share = 0.1 if name == "topic" else 0.9  # a topic fires on some tokens of its contexts
-        positions.append(np.union1d(at[rng.random(len(at)) < share], rng.choice(counted, 3)))
+        strays = 0 if name == "topic" else 3  # of five select contexts that hold the topic, three more would hide it
+        positions.append(np.union1d(at[rng.random(len(at)) < share], rng.choice(counted, strays)))
     positions.append(np.sort(rng.choice(counted, 300, replace=False)))
     return firings_of(positions, len(positions))
 
@@ -75,6 +82,13 @@ def test_planted_features_are_recovered_with_the_right_kind_of_rule(units, firin
     assert found["previous"] == Rule("previous", (" of",))
     assert found["next"] == Rule("next", (" of",))
     assert found["bigram"] == PLANTED["bigram"]
+    assert found["shape"] == PLANTED["shape"]
+    assert set(found["of and a capital"].parts or ()) == set(PLANTED["of and a capital"].parts)
+    assert set(found["polysemantic"].parts or ()) == set(PLANTED["polysemantic"].parts)
+    exception = found["exception"]
+    assert exception.kind == "and_not" and exception.parts[0].keys in {("the",), (" the",)}
+    assert {key.split(PAIR)[0].strip() for key in exception.parts[1].keys} >= {"of", "in"}
+    assert set(found["position"].keys) == set(PLANTED["position"].keys)
     assert found["topic"].kind == "topic" and topic in found["topic"].keys
     assert all(label.status == "ok" and label.label and label.reads for label in labels[:RANDOM])
 
@@ -86,7 +100,7 @@ def test_a_feature_that_fires_at_random_is_incoherent(units, firings):
 
 def test_a_label_carries_the_lift_it_was_chosen_by(units, firings):
     select = firings.within(units, "select")
-    for label in propose_rules(units, firings, {}, SETTINGS)[:RANDOM]:
+    for label in (label for label in propose_rules(units, firings, {}, SETTINGS) if label.rule):
         rules = {label.feature: Rule.from_json(label.rule)}
         counts = document_counts(units, select, rules, [label.feature], split="select")
         hits, claimed, fired, there = (part.sum(1) for part in (counts.true_positive, counts.claimed, counts.fired, counts.units))
@@ -120,6 +134,16 @@ def test_shuffled_firings_get_no_rules(units, firings, rng):
 def test_report_documents_have_no_say_in_what_is_proposed(units, firings, rng):
     without = silent_in(units, firings, "report")
     assert propose_rules(units, without, {}, SETTINGS) == propose_rules(units, firings, {}, SETTINGS)
+
+
+@pytest.mark.parametrize("split", ["select", "report"])
+def test_held_out_documents_have_no_say_in_what_compositions_are_tried(units, firings, monkeypatch, split):
+    tried = []
+    real = rule_labeller._score_compositions
+    monkeypatch.setattr(rule_labeller, "_score_compositions", lambda *given: (tried.append(given[2]), real(*given))[1])
+    for seen in (firings, silent_in(units, firings, split), silent_in(units, firings, "explain")):
+        propose_rules(units, seen, {}, SETTINGS)
+    assert tried[0] == tried[1] != tried[2] and tried[0]
 
 
 def test_the_order_of_firings_does_not_change_a_label(units, firings, rng):

@@ -412,6 +412,21 @@ def test_firings_in_report_documents_change_no_choice(medium, mined, subject, se
     assert tables[0].equals(tables[1])
 
 
+@pytest.mark.slow
+def test_labels_of_firings_that_the_model_does_not_make_are_falsified_and_never_current_beside_an_ok_one(planted, asking, label):
+    """The planted firings are no model's, so that whatever is said of them fails on the real one."""
+    found = label(planted, replace(asking, falsified_features=3), only=[EXACT, RANDOM])
+    tested = found.table.filter(pl.col("provenance").str.contains('"falsification"'))
+    assert tested["feature"].n_unique() == 3 and {EXACT, RANDOM} <= set(tested["feature"])
+    failed = found.table.filter(pl.col("status") == "falsified")
+    assert EXACT in failed["feature"] and set(failed["label_id"]) <= set(found.falsification["label_id"])
+    counterexamples = found.falsification.filter(~pl.col("passed"))
+    assert set(failed["label_id"]) <= set(counterexamples["label_id"])
+    rivals = found.table.filter(pl.col("feature").is_in(failed["feature"].implode()) & (pl.col("status") == "ok"))
+    assert not failed.filter(pl.col("feature").is_in(rivals["feature"].implode()))["current"].any()
+    assert label(planted, replace(asking, falsified_features=3), only=[EXACT]).falsification.equals(found.falsification)
+
+
 # People ----------------------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,15 @@ def test_an_answer_stays_an_answer_whatever_comes_of_another_attempt(path):
         assert journal.state("k") == "received"
 
 
+def test_the_first_answer_stays_and_a_second_one_is_paid_for_all_the_same(path):
+    with Journal(path) as journal:
+        answered(journal, "k")
+        answered(journal, "k", reply=REPLY, charge=Charge(1, 1))
+    with Journal(path) as journal:
+        assert journal.reply("k") != REPLY
+        assert journal.spent().settled_tokens == 42
+
+
 def test_an_invalid_reply_is_kept_with_the_reason(path):
     with Journal(path) as journal:
         answered(journal, "k")

@@ -8,10 +8,12 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.errors import ConfigError, NotReadyError
 from scopeatlas.labels.annotations import annotate
 from scopeatlas.labels.stage import LabelSettings, label_features
+from scopeatlas.llm.config import ServerConfig
 from scopeatlas.scoring.outcomes import OUTCOME_SCHEMA, PER_OUTCOME
 from scopeatlas.scoring.report import read_report
-from scopeatlas.scoring.stage import LabelScores, ScoreSettings, score_labels, scores_key
+from scopeatlas.scoring.stage import LabelScores, ScoreSettings, estimate_scores, score_labels, scores_key
 from scopeatlas.scoring.table import METRICS, SCORE_SCHEMA
+from tests.llm_server import Server
 from tests.planted import EXACT, FEW_REPORT, NO_REPORT, SUFFIX, TOPIC, WORDS, Planted, planted_chain
 
 SETTINGS = ScoreSettings()
@@ -160,3 +162,61 @@ def test_scores_are_not_ready_while_labels_are_missing(labelled, subject, tmp_pa
         stage.discard(record)
     with pytest.raises(NotReadyError, match="has no labels to score with these settings"):
         score(copy, subject, ScoreSettings(seed=3))
+
+
+def test_answers_that_are_missing_leave_a_generation_that_the_next_run_completes(labelled, subject, tmp_path, monkeypatch):
+    """Without budget, then with it: what was answered is not asked again, and it comes to the same as a run in one go."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    cut, whole = (labelled.copy(tmp_path / name) for name in ("cut", "whole"))
+    with Server() as server:
+
+        def scored(planted: Planted, **budget) -> tuple[LabelScores, int]:
+            before = len(server.requests)
+            judge = ServerConfig(model="m", base_url=server.url, **budget)
+            settings = ScoreSettings(judge=judge, scorers=("detection",), stop_early=False)
+            found, reused = score(planted, subject, settings)
+            args = planted.store, planted.corpus, planted.entry, subject, LabelSettings(), settings
+            assert not reused and scores_key(*args) == found.key  # what there is, is what the rest of the chain reads
+            return found, len(server.requests) - before
+
+        poor, first = scored(cut, max_tokens_total=20_000)
+        rich, second = scored(cut)
+        straight, all_of_them = scored(whole)
+    assert "unanswered" in set(poor.table["status"]) and "unanswered" not in set(rich.table["status"])
+    assert poor.key != rich.key == straight.key and rich.table.equals(straight.table)
+    assert 0 < first < all_of_them == first + second
+    assert rich.report.scorers[-1].scorer == "detection" and rich.report.scorers[-1].tokens > 0
+
+
+def test_what_the_judge_would_be_asked_is_estimated_and_not_asked(labelled, subject, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    copy = labelled.copy(tmp_path / "store")
+    with Server() as server:
+        judge = ServerConfig(model="m", base_url=server.url)
+        settings = ScoreSettings(judge=judge, scorers=("detection", "intruder"), stop_early=False)
+        args = copy.store, copy.corpus, copy.entry, subject
+        estimated = estimate_scores(*args, labels=LabelSettings(), settings=settings)
+        assert server.requests == [] and estimated.requests > 0 == estimated.answered
+        found, _ = score(copy, subject, settings)
+        assert len(server.requests) == estimated.requests
+        spent = sum(summary.tokens for summary in found.report.scorers)
+        assert 0 < spent <= estimated.prompt_tokens + estimated.max_output_tokens
+        again = estimate_scores(*args, labels=LabelSettings(), settings=settings)
+    assert again.answered == again.requests == estimated.requests
+    assert estimate_scores(*args, labels=LabelSettings(), settings=SETTINGS).requests == 0
+
+
+@pytest.mark.slow
+def test_on_demand_the_chain_is_run_on_a_randomly_initialised_subject_model(labelled, subject, found, tmp_path):
+    copy = labelled.copy(tmp_path / "store")
+    with_random, _ = score(copy, subject, ScoreSettings(random_model=True))
+    added = with_random.table.filter(pl.col("arm") == "random_model")
+    assert with_random.table.filter(pl.col("arm") != "random_model").equals(found.table)  # which stand as they were
+    assert set(added["scorer"]) <= {"rule_execution"} and added["lift"].null_count() == len(added)
+    chain = copy.store.root / "controls" / "random-model-0" / "saes" / copy.entry.key / copy.corpus.id
+    assert sorted(path.name for path in chain.iterdir() if any(path.glob("*.commit.json"))) >= [
+        "activations",
+        "examples",
+        "labels",
+    ]
+    assert found.table.filter(pl.col("arm") == "random_model").is_empty()
