@@ -23,18 +23,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import polars as pl
 
 from bench.plants import Agreement, Concept, agreement, among, claimed, firings_of, marked, tested, word
 from scopeatlas.corpus.build import Corpus, CorpusSettings, build_corpus
 from scopeatlas.corpus.contexts import ContextRules
-from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.corpus.sampling import Sampling
 from scopeatlas.corpus.sources import Source, open_source
+from scopeatlas.hypotheses.counts import firing_counts
 from scopeatlas.hypotheses.rules import Rule
 from scopeatlas.hypotheses.units import Firings, Units
 from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules, refusals
-from scopeatlas.mining.sketches import EARLY_POSITIONS
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
@@ -219,31 +217,6 @@ def fire(units: Units, meant: np.ndarray, plants: Sequence[Plant], draw: np.rand
     return firings_of(positions, draw)
 
 
-def feature_facts(units: Units, firings: Firings) -> pl.DataFrame:
-    """What of the examples stage's feature table refusals are decided by; here all documents are counted."""
-    where = firings.position
-    table = pl.DataFrame(
-        {
-            "feature": firings.feature,
-            "split": np.array(SPLITS)[units.split[where]],
-            "context": where // units.length,
-            "document": units.document[where],
-            "early": where % units.length <= EARLY_POSITIONS,
-        }
-    )
-    facts = table.group_by("feature").agg(tokens=pl.len(), early_share=pl.col("early").mean())
-    facts = facts.with_columns(density=pl.col("tokens") / int(units.counted.sum()))
-    for split in SPLITS:
-        counts = table.filter(pl.col("split") == split).group_by("feature")
-        counted = counts.agg(
-            pl.len().alias(f"{split}_tokens"),
-            pl.col("context").n_unique().alias(f"{split}_contexts"),
-            pl.col("document").n_unique().alias(f"{split}_documents"),
-        )
-        facts = facts.join(counted, on="feature", how="left")
-    return facts.fill_null(0).sort("feature")
-
-
 def judge(plant: Plant, rule: Rule | None, against: Agreement, members: float) -> Verdict:
     """What counts as finding it.
 
@@ -272,7 +245,7 @@ def recover(units: Units, *, seed: int) -> list[Found]:
     meant = marked(units, [plant.means for plant in plants])
     firings = fire(units, meant, plants, draw)
     settings = RuleSettings()
-    labels = propose_rules(units, firings, refusals(feature_facts(units, firings), settings), settings)
+    labels = propose_rules(units, firings, refusals(firing_counts(units, firings), settings), settings)
     explained = [label for label in labels if label.status == "ok"]
     rules = {label.feature: Rule.from_json(label.rule) for label in explained}
     claims = claimed(units, rules)

@@ -127,7 +127,7 @@ def _disposable(store: Store, sae: str, corpus_id: str, name: str, is_published:
         return [(record, False) for record in generations[:-KEPT_PUBLICATIONS]]
     newest: dict[str, CommitRecord] = {record.key.name: record for record in records}
     stale = [(record, False) for record in records if newest[record.key.name] is not record]
-    if name == "activations":
+    if name in {"activations", "nulls"}:
         return stale + [(record, True) for record in newest.values() if not stage.is_pruned(record.key)]
     return stale
 

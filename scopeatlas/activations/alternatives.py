@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scopeatlas.activations.cache import text_mask
+from scopeatlas.activations.reading import text_mask
 from scopeatlas.corpus.contexts import Contexts
 from scopeatlas.dictionaries.sparse import InputNorm, LayerWeights, LazyLayers, SparseDictionary
 from scopeatlas.errors import DictionaryError

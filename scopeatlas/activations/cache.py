@@ -15,7 +15,6 @@ from scopeatlas.activations.accumulators import NullAccumulator, ShardAccumulato
 from scopeatlas.activations.memory import Footprint, PassPlan, footprint_of, free_memory, plan_pass
 from scopeatlas.activations.nulls import Calibration, pending_nulls, read_null_features, write_null_features
 from scopeatlas.activations.reading import BATCH_CONTEXTS, read_sites
-from scopeatlas.activations.reading import text_mask as text_mask
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.contexts import Contexts
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary, reopen_dictionary

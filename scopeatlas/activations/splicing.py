@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scopeatlas.activations.cache import text_mask
+from scopeatlas.activations.reading import text_mask
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.contexts import Contexts, join_contexts
 from scopeatlas.corpus.documents import SPLITS

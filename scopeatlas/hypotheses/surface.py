@@ -23,7 +23,7 @@ SHAPES = {
     "comma": "a comma, colon or semicolon",
     "opening": "an opening bracket",
     "closing": "a closing bracket",
-    "quote": "a quotation mark",
+    "quote": "a quotation mark or apostrophe",
     "dash": "a dash",
     "newline": "a line break",
     "space": "white space",

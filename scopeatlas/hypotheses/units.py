@@ -15,7 +15,8 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from scopeatlas.activations.cache import activation_keys, text_mask
+from scopeatlas.activations.cache import activation_keys
+from scopeatlas.activations.reading import text_mask
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS, Split

@@ -33,11 +33,10 @@ _SCORED = {"feature": pl.UInt32, "rule": pl.String, "place": pl.Int64, "value": 
 
 
 def refusals(features: pl.DataFrame, settings: RuleSettings) -> dict[int, Status]:
-    """Features that get no label whatever the rules say, from the feature table of the examples stage: by what it counts
-    in explain and select documents, but for density and early_share, which it has of all documents only."""
+    """Features that get no label whatever the rules say, by `hypotheses.counts.firing_counts`."""
     firing = pl.col("explain_contexts")
     status = (
-        pl.when(pl.col("explain_tokens") + pl.col("select_tokens") == 0).then(pl.lit("dead"))
+        pl.when(pl.col("tokens") == 0).then(pl.lit("dead"))
         .when(pl.col("density") > settings.max_density).then(pl.lit("dense"))
         .when(pl.col("early_share") > settings.positional_share).then(pl.lit("positional"))
         .when(firing < settings.min_contexts).then(pl.lit("rare"))

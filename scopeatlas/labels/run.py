@@ -19,6 +19,7 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import ConfigError
+from scopeatlas.hypotheses.counts import firing_counts
 from scopeatlas.hypotheses.labels import Label, Status
 from scopeatlas.hypotheses.neighbours import Neighbours, nearest_features
 from scopeatlas.hypotheses.samples import Windows
@@ -102,7 +103,7 @@ class LabelRun:
 
     @cached_property
     def refused(self) -> dict[int, Status]:
-        return refusals(self.examples.features, self.settings.rules)
+        return refusals(firing_counts(self.units, self.firings), self.settings.rules)
 
     @cached_property
     def units(self) -> Units:

@@ -13,7 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scopeatlas.activations.cache import activation_keys, text_mask
+from scopeatlas.activations.cache import activation_keys
+from scopeatlas.activations.reading import text_mask
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS

@@ -50,7 +50,7 @@ def promoted_tokens(dictionary: SparseDictionary, subject: SubjectModel) -> Prom
     unembedding = subject.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # [vocabulary, d]
     norm = _final_norm(subject)
     gain = norm_gain(norm, unembedding.shape[1])
-    readable = _readable_tokens(subject, len(unembedding))
+    readable = readable_tokens(subject, len(unembedding))
     promoted, suppressed, strength = [], [], []
     with torch.no_grad():
         for layer in dictionary.layers:
@@ -77,7 +77,7 @@ def _final_norm(subject: SubjectModel) -> "nn.Module":
     return next(getattr(text, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(text, name))
 
 
-def _readable_tokens(subject: SubjectModel, vocabulary: int) -> "torch.Tensor":
+def readable_tokens(subject: SubjectModel, vocabulary: int) -> "torch.Tensor":
     import torch
 
     special = set(subject.tokenizer.all_special_ids)

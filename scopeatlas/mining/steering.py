@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scopeatlas.dictionaries.sparse import SparseDictionary
-from scopeatlas.mining.promoted import _readable_tokens
+from scopeatlas.mining.promoted import readable_tokens
 from scopeatlas.subject.capture import batches, capture, editing, run_model
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import Site
@@ -90,7 +90,7 @@ def raised_tokens(change: TokenChange, subject: SubjectModel, *, count: int = 10
     """The `count` tokens that steering raises most on average over prompts, special and unused ones left out, each with its
     change in log-probability."""
     mean = change.effects.mean(axis=0, dtype=np.float64)
-    mean[~_readable_tokens(subject, len(mean)).cpu().numpy()] = -np.inf
+    mean[~readable_tokens(subject, len(mean)).cpu().numpy()] = -np.inf
     best = np.argsort(-mean, kind="stable")[:count]
     return [(int(token), float(mean[token])) for token in best]
 

@@ -5,7 +5,7 @@ What belongs here: where things lie, and the registry of SAEs with their last er
     corpus/<corpus id>/                 contexts and documents, `corpus.json`
     saes/<sae key>/sae.json             where the SAE's files are and their hashes
     saes/<sae key>/errors.json          the last error of each stage that failed
-    saes/<sae key>/<corpus id>/<stage>/ activations, examples, labels, scores, publication
+    saes/<sae key>/<corpus id>/<stage>/ activations, nulls, examples, labels, scores, publication
     atlas/  embeddings/                 LanceDB and the embedding cache
 """
 
@@ -19,7 +19,7 @@ from scopeatlas.errors import StoreError, UnknownSaeError
 from scopeatlas.storage.files import read_json, write_json
 from scopeatlas.storage.records import StageFolder
 
-STAGES = ("activations", "examples", "labels", "scores", "publication")
+STAGES = ("activations", "nulls", "examples", "labels", "scores", "publication")
 
 
 @dataclass(frozen=True)
