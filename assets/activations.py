@@ -8,6 +8,7 @@ from assets.corpus import corpus_sample
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
 from assets.support import Events, Outcome, SaeRun, each_sae, failures, open_run
 from resources.corpus import CorpusResource
+from resources.embedder import EmbedderResource
 from resources.labelling import LabellingResource
 from resources.sae import SaeSourceResource
 from resources.store import StoreResource
@@ -53,6 +54,7 @@ def activation_cache(
     subject: SubjectResource,
     saes: SaeSourceResource,
     labelling: LabellingResource,
+    embedder: EmbedderResource,
 ) -> Events:
     """Non-zero activations of every SAE of the run from one shared pass of the subject model, as feature-sorted shards."""
     log = context.log.info
@@ -60,7 +62,7 @@ def activation_cache(
         run = open_run(context, store, corpus, subject)
         missing = saes.fetch(run.entries, log=log)
         present = [e for e in run.entries if e.key not in missing]
-        scored = [e.key for e in present if _is_scored(run, e, labelling)]
+        scored = [e.key for e in present if _is_scored(run, e, labelling, embedder.name)]
         result = cache.cache_activations(
             run.store, run.corpus, present, run.subject, unneeded=scored, memory_bytes=subject.memory_bytes(), log=log
         )
@@ -90,9 +92,9 @@ def activation_cache(
     )
 
 
-def _is_scored(run: SaeRun, entry: SaeEntry, labelling: LabellingResource) -> bool:
+def _is_scored(run: SaeRun, entry: SaeEntry, labelling: LabellingResource, embedder: str) -> bool:
     """Whether everything that reads activations is finished, so that pruned ones need not come back."""
-    key = scores_key(run.store, run.corpus, entry, run.subject, labelling.labels(), labelling.scores())
+    key = scores_key(run.store, run.corpus, entry, run.subject, labelling.labels(), labelling.scores(embedder))
     return run.store.stage(entry.key, run.corpus.id, "scores").is_done(key)
 
 

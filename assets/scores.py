@@ -64,7 +64,7 @@ def label_scores(
             entry,
             run.subject,
             labels=labelling.labels(),
-            settings=labelling.scores(),
+            settings=labelling.scores(embedder.name),
             embed=embedder.open().embed,
             log=context.log.info,
         )

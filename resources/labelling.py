@@ -67,9 +67,17 @@ class LabellingResource(dg.ConfigurableResource):
         default=3, description="A label is scored only if its feature fires in as many report documents."
     )
     judged_features: int = Field(default=100, ge=0, description="Labels that the judge tests at most, of each SAE.")
-    retrieved_features: int = Field(default=64, ge=0, description="Labels tested by embedding retrieval, of each SAE; 0 is off.")
+    retrieved_features: int = Field(default=24, ge=0, description="Labels tested by embedding retrieval, of each SAE; 0 is off.")
     steered_features: int = Field(
-        default=16, ge=0, description="`writes` claims tested by steering the subject model, of each SAE; 0 is off."
+        default=8, ge=0, description="`writes` claims tested by steering the subject model, of each SAE; 0 is off."
+    )
+    scorers: list[Literal["detection", "fuzzing", "intruder", "simulation"]] = Field(
+        default=["detection", "fuzzing", "intruder"],
+        description="What the judge is asked; simulation needs log-probabilities and costs most.",
+    )
+    random_model: bool = Field(
+        default=False,
+        description="Also run the chain on a randomly initialised subject model: a control that costs as much again.",
     )
 
     def labels(self) -> LabelSettings:
@@ -88,8 +96,12 @@ class LabellingResource(dg.ConfigurableResource):
             falsified_features=self.falsified_features,
         )
 
-    def scores(self) -> ScoreSettings:
+    def scores(self, embedder: str) -> ScoreSettings:
+        """embedder: the name of the model that embeds, which scores of retrieval depend on."""
         return ScoreSettings(
+            embedder=embedder,
+            scorers=tuple(self.scorers),
+            random_model=self.random_model,
             min_report_documents=self.min_report_documents,
             judge=self.judge.config(),
             second_judge=self.second_judge.config(),

@@ -5,12 +5,10 @@ firings back (`hypotheses/nulls.py`).
 """
 
 import numpy as np
-import polars as pl
 
-from scopeatlas.corpus.documents import SPLITS
+from scopeatlas.hypotheses.counts import firing_counts
 from scopeatlas.hypotheses.units import Firings, Units
 from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules, refusals
-from scopeatlas.mining.sketches import EARLY_POSITIONS
 from scopeatlas.scoring.execution import execute_rules
 from scopeatlas.scoring.table import Cell
 
@@ -25,7 +23,7 @@ def random_direction_rows(
 
     nulls: their firings. matched: uint32 [nulls.width], the feature that each is matched to, which is the row's feature.
     """
-    labels = propose_rules(units, nulls, refusals(evidence(units, nulls), rules), rules)
+    labels = propose_rules(units, nulls, refusals(firing_counts(units, nulls), rules), rules)
     executed = execute_rules(units, nulls, labels, neighbours=None, min_documents=min_documents, seed=seed)
     scored = {row["label_id"]: row for row in executed if row["arm"] == "own"}
     rows: list[dict[str, Cell]] = []
@@ -35,25 +33,3 @@ def random_direction_rows(
         named = {"feature": int(matched[label.feature]), "label_id": label.label_id, "method": "rule", "claim": "reads"}
         rows.append({**row, **named, "scorer": "rule_execution", "arm": "random_direction"})
     return rows
-
-
-def evidence(units: Units, firings: Firings) -> pl.DataFrame:
-    """What refusals are decided by, from firings: the columns of the examples stage's feature table (`mining/examples.py`)
-    that need no sketch."""
-    split, width = units.split[firings.position], firings.width
-    counts = np.bincount(firings.feature, minlength=width)
-    early = firings.position % units.length <= EARLY_POSITIONS
-    columns: dict[str, np.ndarray] = {
-        "feature": np.arange(width, dtype=np.uint32),
-        "tokens": counts,
-        "density": counts / max(int(units.counted.sum()), 1),
-        "early_share": np.bincount(firings.feature, weights=early, minlength=width) / np.maximum(counts, 1),
-    }
-    for number, name in enumerate(SPLITS):
-        mine = split == number
-        feature, position = firings.feature[mine].astype(np.int64), firings.position[mine]
-        columns[f"{name}_tokens"] = np.bincount(feature, minlength=width)
-        for of, unit in (("contexts", position // units.length), ("documents", units.document[position])):
-            distinct = np.unique(np.stack([feature, unit]), axis=1)[0]
-            columns[f"{name}_{of}"] = np.bincount(distinct, minlength=width)
-    return pl.DataFrame(columns)
