@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
-from scopeatlas.activations.cache import text_mask as library_mask
 from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, held_bytes
 from scopeatlas.activations.nulls import Calibration
+from scopeatlas.activations.reading import text_mask as library_mask
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary

@@ -2,7 +2,7 @@ import polars as pl
 import pytest
 
 from scopeatlas.atlas.rows import PUNCTUATION, SNIPPETS, TRIGGER_TOKENS, described_by, feature_rows, sites_text, word_around
-from scopeatlas.atlas.tables import FEATURE_ROW, checked_rows
+from scopeatlas.atlas.tables import FEATURE_ROW, SCORES, checked_rows
 from scopeatlas.dictionaries.releases import open_dictionary
 from scopeatlas.errors import AtlasError
 from scopeatlas.hypotheses.labels import LABEL_SCHEMA
@@ -10,12 +10,11 @@ from scopeatlas.labels.stage import LabelSettings, label_features
 from scopeatlas.mining.examples import mine_examples, read_examples
 from scopeatlas.mining.windows import mark
 from scopeatlas.scoring.stage import ScoreSettings, score_labels
+from scopeatlas.scoring.table import published
 from scopeatlas.subject.sites import parse_hook_points
 from scopeatlas.subject.vocabulary import token_texts
 from tests.conftest import WIDTH, Stored
 from tests.planted import DEAD, DENSE, EXACT, NO_REPORT, RANDOM, RARE, TOPIC, planted_chain
-
-SCORES = ("f1", "f1_low", "f1_high", "precision", "recall", "balanced_accuracy", "shuffled_f1")
 
 
 class Finished:
@@ -26,7 +25,8 @@ class Finished:
         there = stored.store, stored.corpus, stored.entry, subject
         self.examples = mine_examples(*there)[0]
         self.labels = label_features(*there, settings=LabelSettings())[0].current
-        self.scores = score_labels(*there, labels=LabelSettings(), settings=ScoreSettings())[0].table
+        tests = score_labels(*there, labels=LabelSettings(), settings=ScoreSettings())[0].table
+        self.scores = published(tests, self.labels)
         self.windows = read_examples(self.examples.examples)
 
     def rows(self, labels: pl.DataFrame | None = None, scores: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -167,19 +167,24 @@ def test_snippets_mark_the_tokens_that_fire(planted):
 
 def test_scores_stand_beside_the_rules_they_are_of(planted):
     rows = planted.rows()
-    scored = planted.scores.filter(pl.col("status") == "scored")
+    scored = planted.scores.filter(pl.col("f1").is_not_null())
     found = rows.filter(pl.col("f1").is_not_null())
-    assert found["feature"].to_list() == scored["feature"].to_list()
-    for name in SCORES:
+    assert found["feature"].to_list() == scored["feature"].to_list() and len(found)
+    for name in ("scorer", "unit", *SCORES):
         assert found[name].to_list() == scored[name].to_list()
 
 
-def test_an_llms_label_has_no_score_even_where_a_rule_of_the_feature_has_one(planted):
-    llm = {"method": "llm", "status": "ok", "label": "a definite article", "rule": ""}
-    changed = [pl.when(pl.col("feature") == EXACT).then(pl.lit(value)).otherwise(name).alias(name) for name, value in llm.items()]
-    row = planted.rows(planted.labels.with_columns(changed)).row(EXACT, named=True)
-    assert (row["method"], row["label"]) == ("llm", "a definite article")
+def test_a_label_that_nothing_has_tested_has_no_score(planted):
+    row = planted.rows(scores=planted.scores.filter(pl.col("feature") != EXACT)).row(EXACT, named=True)
+    assert (row["method"], row["scorer"]) == ("rule", "")
     assert all(row[name] is None for name in SCORES)
+
+
+@pytest.mark.parametrize("status", ["falsified", "unclear", "error"])
+def test_a_label_that_does_not_stand_is_not_shown_as_one(planted, status):
+    changed = pl.when(pl.col("feature") == EXACT).then(pl.lit(status)).otherwise("status")
+    row = planted.rows(planted.labels.with_columns(status=changed)).row(EXACT, named=True)
+    assert (row["status"], row["method"], row["label_id"], row["label"]) == (status, "", "", "")
 
 
 def test_refused_scores_are_null(planted):
