@@ -8,11 +8,10 @@ from scopeatlas.hypotheses.rules import PAIR, Rule
 from scopeatlas.hypotheses.samples import trigger_tokens
 from scopeatlas.hypotheses.units import Firings
 from scopeatlas.labels.rule_labeller import RuleSettings
-from scopeatlas.mining.examples import examples_key, open_examples
 from scopeatlas.scoring.execution import execute_rules
-from scopeatlas.scoring.random_directions import evidence, random_direction_rows
+from scopeatlas.scoring.random_directions import random_direction_rows
 from scopeatlas.scoring.table import SCORE_SCHEMA, score_table
-from tests.planted import firings_of, matching, planted_chain
+from tests.planted import firings_of, matching
 
 RULES = (
     Rule("token", (" the", " of")),
@@ -266,14 +265,3 @@ def test_a_direction_that_fires_in_too_few_documents_is_refused_as_a_feature_wou
     once = word[units.document[word] == units.document[word[0]]]
     (row,) = random_direction_rows(units, firings_of([once], 1), np.array([3]), rules=RuleSettings(), min_documents=3, seed=0)
     assert row["status"] == "not_applicable"
-
-
-def test_the_evidence_that_refusals_are_decided_by_is_that_of_the_examples_stage(medium, subject, units, tmp_path):
-    """So that random directions are refused for what features are refused for."""
-    planted = planted_chain(medium, subject, tmp_path / "store")
-    key = examples_key(planted.corpus, planted.entry, subject)
-    table = open_examples(planted.store, planted.corpus.id, planted.entry.key, key).features
-    found = evidence(planted.units, planted.firings)
-    for name in found.columns:
-        kept = table[name].to_numpy() <= 15 if name.endswith("documents") else np.ones(len(table), bool)  # there it saturates
-        assert np.allclose(found[name].to_numpy()[kept], table[name].to_numpy()[kept]), name
