@@ -10,6 +10,10 @@ from scopeatlas.labels.rule_labeller import RuleSettings
 from scopeatlas.labels.stage import LabelSettings
 from scopeatlas.llm.config import ServerConfig
 from scopeatlas.scoring.stage import ScoreSettings
+from scopeatlas.scoring.table import Scorer
+
+
+JUDGED_BY_DEFAULT: tuple[Scorer, ...] = ("detection", "fuzzing", "intruder")
 
 
 class ServerSettings(dg.Config):
@@ -66,14 +70,15 @@ class LabellingResource(dg.ConfigurableResource):
     min_report_documents: int = Field(
         default=3, description="A label is scored only if its feature fires in as many report documents."
     )
-    judged_features: int = Field(default=100, ge=0, description="Labels that the judge tests at most, of each SAE.")
+    judged_features: int = Field(
+        default=1000, ge=0, description="Text labels that the judge tests at most, of each SAE; rules are executed instead."
+    )
     retrieved_features: int = Field(default=24, ge=0, description="Labels tested by embedding retrieval, of each SAE; 0 is off.")
     steered_features: int = Field(
         default=8, ge=0, description="`writes` claims tested by steering the subject model, of each SAE; 0 is off."
     )
-    scorers: list[Literal["detection", "fuzzing", "intruder", "simulation"]] = Field(
-        default=["detection", "fuzzing", "intruder"],
-        description="What the judge is asked; simulation needs log-probabilities and costs most.",
+    simulation: bool = Field(
+        default=False, description="Also have the judge simulate activations; needs log-probabilities and costs most."
     )
     random_model: bool = Field(
         default=False,
@@ -100,7 +105,7 @@ class LabellingResource(dg.ConfigurableResource):
         """embedder: the name of the model that embeds, which scores of retrieval depend on."""
         return ScoreSettings(
             embedder=embedder,
-            scorers=tuple(self.scorers),
+            scorers=(*JUDGED_BY_DEFAULT, *(("simulation",) if self.simulation else ())),
             random_model=self.random_model,
             min_report_documents=self.min_report_documents,
             judge=self.judge.config(),
