@@ -62,7 +62,7 @@ def activation_cache(
         run = open_run(context, store, corpus, subject)
         missing = saes.fetch(run.entries, log=log)
         present = [e for e in run.entries if e.key not in missing]
-        scored = [e.key for e in present if _is_scored(run, e, labelling, embedder.name)]
+        scored = [e.key for e in present if _is_scored(run, e, labelling, embedder.identity())]
         result = cache.cache_activations(
             run.store, run.corpus, present, run.subject, unneeded=scored, memory_bytes=subject.memory_bytes(), log=log
         )

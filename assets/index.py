@@ -53,7 +53,7 @@ def feature_index(
             run.subject,
             embedder=embedder.open(),
             labels=labelling.labels(),
-            scores=labelling.scores(embedder.name),
+            scores=labelling.scores(embedder.identity()),
             log=context.log.info,
         )
         rows = pl.read_parquet(published.path)

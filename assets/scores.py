@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from assets.labels import feature_labels
+from assets.labels import CHECKS, feature_labels, within_budget
 from assets.partitions import OWNERS, SAES, SHARED_RUNS
 from assets.previews import report_markdown, score_image, score_preview
 from assets.support import Events, Outcome, each_sae, failures, open_run
@@ -12,6 +12,7 @@ from resources.labelling import LabellingResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
 from scopeatlas.dictionaries.releases import SaeEntry
+from scopeatlas.llm.journal import read_journal
 from scopeatlas.scoring import stage
 from scopeatlas.scoring.report import Report
 
@@ -25,6 +26,9 @@ from scopeatlas.scoring.report import Report
     owners=OWNERS,
     pool="llm",
     code_version=str(stage.STAGE_VERSION),
+    check_specs=[
+        dg.AssetCheckSpec("within_budget", asset="label_scores", blocking=True, description=CHECKS["within_budget"]),
+    ],
     metadata={
         "dagster/column_schema": dg.TableSchema(
             columns=[
@@ -56,6 +60,7 @@ def label_scores(
     """Every label tested on report documents, with intervals over documents and every control in the same table."""
     with failures("label_scores"):
         run = open_run(context, store, corpus, subject)
+    unanswered: list[int] = []
 
     def score(entry: SaeEntry) -> Outcome:
         scores, reused = stage.score_labels(
@@ -64,15 +69,20 @@ def label_scores(
             entry,
             run.subject,
             labels=labelling.labels(),
-            settings=labelling.scores(embedder.name),
+            settings=labelling.scores(embedder.identity()),
             embed=embedder.open().embed,
             log=context.log.info,
         )
         for line in scores.report.lines():
             context.log.info(f"label scores: {line}")
+        unanswered.append(int((scores.table["status"] == "unanswered").sum()))
         return describe(scores), scores.key.identity, reused
 
-    yield from each_sae(context, run, score)
+    def checks() -> list[dg.AssetCheckResult]:
+        judges = (labelling.judge.config(), labelling.second_judge.config())
+        return [within_budget(read_journal(run.store.root).spent(), judges, sum(unanswered))]
+
+    yield from each_sae(context, run, score, checks=checks)
 
 
 def describe(scores: stage.LabelScores) -> dict[str, dg.MetadataValue]:

@@ -6,7 +6,7 @@
 A loopback server (tests/llm_server.py: 429 storms, errors, resets before and after the work, truncated bodies and JSON,
 prose in spite of the schema, wrong models, slow drips) keeps a ledger of every request and of the tokens it truly billed.
 The client is a process of its own, killed with SIGKILL a few seconds after it began to send and started anew until every
-feature has its answer. Half of what the run needs is all its budget allows at first, so that it also stops at that.
+feature has its answer. Its budget allows a third of what the run needs at first, and a third more whenever it stopped at that.
 Everything claimed is checked against the ledger; exit code 1 if a claim fails.
 """
 

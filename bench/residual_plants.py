@@ -12,6 +12,7 @@ an SAE that reconstructs nothing could not pass, is not part of the chain.
 """
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ SETTINGS = CorpusSettings("residual-plants", Source("wikipedia-sample"), Samplin
 RANDOM_DIRECTIONS, CHANCE = 12, "a random direction"
 WEIGHT_DECAY = 1e-3
 FIT_STEPS = 60
+MIN_NAMED, MAX_CHANCE = 8, 1
 NAMED_PRECISION, NAMED_RECALL = 0.8, 0.5
 """A rule names a concept if what it matches on report documents is the concept and half of the concept is matched."""
 MONTHS = "january february march april may june july august september october november december".split()
@@ -232,8 +234,8 @@ def through_the_chain(folder: Path, subject: SubjectModel, *, seed: int) -> list
     ]
 
 
-def report(found: Sequence[Found]) -> None:
-    """The table, and what it comes to."""
+def report(found: Sequence[Found]) -> bool:
+    """The table, and what it comes to; whether the bars are met."""
     print("| planted | probe F1 | label | names it | rule F1 against the concept | held-out F1 | balanced accuracy | shuffled |")
     print("|---|---|---|---|---|---|---|---|")
     for f in found:
@@ -252,18 +254,20 @@ def report(found: Sequence[Found]) -> None:
     concepts = [f for f in found if f.name in CONCEPTS]
     chance = [f for f in found if f.name not in CONCEPTS]
     refused = sum(f.rule is None for f in concepts)
-    print(f"\n{sum(f.names_it for f in concepts)} of {len(concepts)} planted concepts named, {refused} refused;")
-    print(f"{sum(f.rule is not None for f in chance)} of {len(chance)} random directions labelled.")
+    named_all, labelled = sum(f.names_it for f in concepts), sum(f.rule is not None for f in chance)
+    print(f"\n{named_all} of {len(concepts)} planted concepts named, {refused} refused; the bar is {MIN_NAMED} named.")
+    print(f"{labelled} of {len(chance)} random directions labelled; the bar is at most {MAX_CHANCE}.")
+    return named_all >= MIN_NAMED and labelled <= MAX_CHANCE
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the random directions")
     arguments = parser.parse_args()
     subject = SubjectModel(MODEL, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        report(through_the_chain(Path(folder), subject, seed=arguments.seed))
+        return 0 if report(through_the_chain(Path(folder), subject, seed=arguments.seed)) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

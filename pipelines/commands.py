@@ -33,6 +33,8 @@ def label(
     from pipelines.definitions import build_defs
     from resources.scenario import VARIABLE, load_scenario, scenario_path
 
+    if dry_run and retry_errors:
+        raise click.UsageError("what asking again would cost is not known beforehand; leave one of the two out")
     if config:
         os.environ[VARIABLE] = str(config)
     resources = load_scenario(scenario_path())

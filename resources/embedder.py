@@ -17,6 +17,10 @@ class EmbedderResource(dg.ConfigurableResource):
     )
     revision: str | None = Field(default=None, description="The Hub revision.")
 
+    def identity(self) -> str:
+        """Name and revision: what scores of retrieval depend on."""
+        return f"{self.name}@{self.revision or 'main'}"
+
     def open(self) -> Embedder:
         return _embedder(self.name, self.revision)
 

@@ -12,7 +12,6 @@ from scopeatlas.llm.config import ServerConfig
 from scopeatlas.scoring.stage import ScoreSettings
 from scopeatlas.scoring.table import Scorer
 
-
 JUDGED_BY_DEFAULT: tuple[Scorer, ...] = ("detection", "fuzzing", "intruder")
 
 

@@ -148,20 +148,23 @@ def _feature_name(_ctx: click.Context, _parameter: click.Parameter, value: str) 
 @click.argument("sae")
 @click.argument("feature", callback=_feature_name)
 @click.option("--examples", type=click.IntRange(min=1), default=5, show_default=True, help="Strongest windows per split.")
+@click.option("--blind", is_flag=True, help="Only what a label may be proposed from: no label, no score, no held-out text.")
 @_json_option
 @click.pass_obj
-def show(root: Path, sae: str, feature: str, examples: int, as_json: bool) -> None:
+def show(root: Path, sae: str, feature: str, examples: int, blind: bool, as_json: bool) -> None:
     """Show one feature: its label, the test of it, and where it fires. SAE may be a part of a key; FEATURE is a number,
-    or LAYER.INDEX of a crosscoder or CLT."""
+    or LAYER.INDEX of a crosscoder or CLT. Look with --blind before you annotate: who has seen the test cannot be tested."""
     from dataclasses import asdict
 
     from scopeatlas import rendering
     from scopeatlas.atlas.search import open_atlas
-    from scopeatlas.evidence import read_evidence
+    from scopeatlas.evidence import blinded, read_evidence
     from scopeatlas.storage.store import Store
 
     hit = open_atlas(root).feature(sae, feature)
     evidence = read_evidence(Store(root), hit)
+    if blind:
+        hit, evidence = blinded(hit, evidence)
     if as_json:
         tables = {name: table.to_dicts() for name, table in vars(evidence).items() if name != "windows"}
         rendering.print_json({"feature": asdict(hit), **tables, "examples": [asdict(w) for w in evidence.windows]})

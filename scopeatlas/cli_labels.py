@@ -54,10 +54,10 @@ def report(root: Path, sae: str, examples: int, seed: int, as_json: bool) -> Non
     from scopeatlas.atlas.search import open_atlas
     from scopeatlas.scoring.report import read_report
     from scopeatlas.storage.store import Store
-    from scopeatlas.upkeep import newest_record
+    from scopeatlas.upkeep import record_in_use
 
     key, corpus = open_atlas(root).published(sae)
-    record = newest_record(Store(root), key, corpus, "scores")
+    record = record_in_use(Store(root), key, corpus, "scores")
     if record is None:
         raise NotReadyError(f"{key} has no scores in {root}; run the pipeline first")
     stage = Store(root).stage(key, corpus, "scores")

@@ -4,15 +4,16 @@ What belongs here: reading both back from the store's stages. What does not: the
 showing any of it (`rendering.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
 from scopeatlas.atlas.search import FeatureHit
+from scopeatlas.atlas.tables import SCORES
 from scopeatlas.mining.examples import read_examples
 from scopeatlas.mining.windows import mark
 from scopeatlas.storage.store import Store
-from scopeatlas.upkeep import newest_record
+from scopeatlas.upkeep import record_in_use
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
     """The evidence behind a feature of the atlas."""
 
     def rows(stage: str, suffix: str, column: str, value: object) -> pl.DataFrame:
-        record = newest_record(store, hit.sae, hit.corpus, stage)
+        record = record_in_use(store, hit.sae, hit.corpus, stage)
         path = record and store.stage(hit.sae, hit.corpus, stage).data_path(record.key, suffix)
         if path is None or not path.exists() or column not in pl.read_parquet_schema(path):
             return pl.DataFrame()
@@ -65,12 +66,21 @@ def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
     )
 
 
+def blinded(hit: FeatureHit, evidence: FeatureEvidence) -> tuple[FeatureHit, FeatureEvidence]:
+    """The same with nothing that a person who is to label the feature must not see: explain windows, and what it promotes."""
+    no_scores = {name: None for name in SCORES} | {"scorer": "", "unit": ""}
+    unlabelled = {"method": "", "label": "", "label_id": "", "reads": "", "writes": "", "snippets": (), "search_text": ""}
+    windows = tuple(window for window in evidence.windows if window.split == "explain")
+    nothing = pl.DataFrame()
+    return replace(hit, **no_scores, **unlabelled), FeatureEvidence(windows, nothing, nothing, nothing, nothing)
+
+
 def _failed(predictions: pl.DataFrame) -> pl.DataFrame:
     return predictions if predictions.is_empty() else predictions.filter(~pl.col("passed"))
 
 
 def _windows(store: Store, hit: FeatureHit) -> tuple[Window, ...]:
-    record = newest_record(store, hit.sae, hit.corpus, "examples")
+    record = record_in_use(store, hit.sae, hit.corpus, "examples")
     if record is None:
         return ()
     path = store.stage(hit.sae, hit.corpus, "examples").data_path(record.key, ".windows.parquet")

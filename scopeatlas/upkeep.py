@@ -60,7 +60,7 @@ def _status_of(store: Store, sae: str, corpus_id: str, published: dict[str, dict
         return SaeStatus(sae, "", "registered", 0, 0, False, 0, 0, 0, 0, None, None, error)
     corpus = _corpus(store, corpus_id)
     names = {shard.name for shard in corpus.shards} if corpus else set()
-    newest = {stage: newest_record(store, sae, corpus_id, stage) for stage in ("examples", "labels", "scores")}
+    newest = {stage: record_in_use(store, sae, corpus_id, stage, published) for stage in ("examples", "labels", "scores")}
     activations = store.stage(sae, corpus_id, "activations")
     cached = [record for record in activations.records() if record.key.name in names]
     done = len({record.key.name for record in cached})
@@ -108,7 +108,8 @@ def prune(store: Store, *, sae: str | None = None, dry_run: bool = False) -> dic
             is_published = published.get(key, {}).get("corpus") == corpus_id
             for name in STAGES:
                 stage = store.stage(key, corpus_id, name)
-                for record, keep_record in _disposable(store, key, corpus_id, name, is_published):
+                uses = _uses(store, key, corpus_id, published).get(name, [])
+                for record, keep_record in _disposable(store, key, corpus_id, name, is_published, uses):
                     size = sum((stage.root / f).stat().st_size for f in record.files if (stage.root / f).exists())
                     if not dry_run:
                         stage.prune(record) if keep_record else stage.discard(record)
@@ -116,8 +117,11 @@ def prune(store: Store, *, sae: str | None = None, dry_run: bool = False) -> dic
     return freed
 
 
-def _disposable(store: Store, sae: str, corpus_id: str, name: str, is_published: bool) -> list[tuple[CommitRecord, bool]]:
-    """Records of a stage whose data may go, each with whether to remember that it was done."""
+def _disposable(
+    store: Store, sae: str, corpus_id: str, name: str, is_published: bool, uses: list[str]
+) -> list[tuple[CommitRecord, bool]]:
+    """Records of a stage whose data may go, each with whether to remember that it was done. uses: identities that what is
+    published was made from; where they are not known, the record written last counts."""
     stage = store.stage(sae, corpus_id, name)
     records = _by_age(stage.root, list(stage.records()))
     if name in {"labels", "scores"} or not is_published:
@@ -125,7 +129,7 @@ def _disposable(store: Store, sae: str, corpus_id: str, name: str, is_published:
     if name == "publication":
         generations = [record for record in records if record.key.name == "features"]
         return [(record, False) for record in generations[:-KEPT_PUBLICATIONS]]
-    newest: dict[str, CommitRecord] = {record.key.name: record for record in records}
+    newest = {record.key.name: record for record in sorted(records, key=lambda record: record.key.identity in uses)}
     stale = [(record, False) for record in records if newest[record.key.name] is not record]
     if name in {"activations", "nulls"}:
         return stale + [(record, True) for record in newest.values() if not stage.is_pruned(record.key)]
@@ -137,11 +141,25 @@ def _by_age(root, records: list[CommitRecord]) -> list[CommitRecord]:
     return sorted(records, key=lambda record: (root / f"{record.key.stem}.commit.json").stat().st_mtime_ns)
 
 
-def newest_record(store: Store, sae: str, corpus_id: str, name: str) -> CommitRecord | None:
-    """The record of a whole stage (examples, labels, scores) that was written last, if there is one."""
+def record_in_use(
+    store: Store, sae: str, corpus_id: str, name: str, published: dict[str, dict] | None = None
+) -> CommitRecord | None:
+    """The record of a whole stage (examples, labels, scores) that what is published was made from; else the one written
+    last, if there is one. published: lines of the ledger by SAE, if they are at hand."""
     stage = store.stage(sae, corpus_id, name)
     records = [record for record in stage.records() if record.key.name == name]
-    return _by_age(stage.root, records)[-1] if records else None
+    uses = _uses(store, sae, corpus_id, _published(store) if published is None else published).get(name, [])
+    used = [record for record in records if record.key.identity in uses]
+    return (used or _by_age(stage.root, records) or [None])[-1]
+
+
+def _uses(store: Store, sae: str, corpus_id: str, published: dict[str, dict]) -> dict[str, list[str]]:
+    """Stage -> identities that an SAE's live publication was made from."""
+    live = published.get(sae, {})
+    for record in store.stage(sae, corpus_id, "publication").records():
+        if live and record.facts.get("generation") == live["generation"]:
+            return record.facts.get("uses", {})
+    return {}
 
 
 def _published(store: Store) -> dict[str, dict]:

@@ -6,6 +6,7 @@ What belongs here: from finished stages to a publication, skipping one that is l
 
 import polars as pl
 
+from scopeatlas.activations.cache import activation_keys
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
 from scopeatlas.atlas.publish import Publication, publish
 from scopeatlas.atlas.rows import feature_rows
@@ -83,8 +84,21 @@ def index_features(
     )
     progress.finish()
     publication = publish(rows, vectors, root=store.root, folder=stage.root, embedder=embedder)
-    stage.commit(key, [], {"generation": publication.generation, "path": publication.path.name, "rows": publication.rows})
+    facts = {"generation": publication.generation, "path": publication.path.name, "rows": publication.rows}
+    stage.commit(key, [], facts | {"uses": _uses(store, corpus, entry, subject, labels, scores)})
     return publication
+
+
+def _uses(
+    store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel, labels: LabelSettings, scores: ScoreSettings
+) -> dict[str, list[str]]:
+    """The identities that a publication was made from, by stage: not the last written, where settings went back and forth."""
+    return {
+        "activations": [key.identity for key in activation_keys(corpus, entry, subject)],
+        "examples": [examples_key(corpus, entry, subject).identity],
+        "labels": [labels_key(store, corpus, entry, subject, labels).identity],
+        "scores": [scores_key(store, corpus, entry, subject, labels, scores).identity],
+    }
 
 
 def _finished(store: Store, corpus: Corpus, entry: SaeEntry, name: str, key: ShardKey) -> pl.DataFrame:

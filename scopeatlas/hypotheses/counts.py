@@ -16,12 +16,16 @@ SPLITS_READ: tuple[Split, ...] = ("explain", "select")
 
 def firing_counts(units: Units, firings: Firings) -> pl.DataFrame:
     """One row per feature: tokens it fires on, density (share of the tokens) and early_share (of its firings) in explain and
-    select documents together; tokens, contexts and documents in each of the two. Linear in the firings."""
+    select documents together; tokens, contexts and documents in each of the two. Linear in the firings.
+
+    Early are the first EARLY_POSITIONS tokens of a context that count: in a conversation those behind the template's.
+    """
     read = {split: units.in_split(split) for split in SPLITS_READ}
     mine = np.logical_or.reduce(list(read.values()))[firings.position]
     feature, position, width = firings.feature[mine].astype(np.int64), firings.position[mine], firings.width
     counts = np.bincount(feature, minlength=width)
-    early = position % units.length <= EARLY_POSITIONS
+    first = units.counted.reshape(units.contexts, units.length).argmax(axis=1)
+    early = position % units.length < first[position // units.length] + EARLY_POSITIONS
     columns: dict[str, np.ndarray] = {
         "feature": np.arange(width, dtype=np.uint32),
         "tokens": counts,

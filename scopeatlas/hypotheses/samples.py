@@ -39,6 +39,8 @@ TRIGGER_TOKENS = 5
 POOL = 512
 """Of a token, or of another feature, at most so many places are tried as negatives, in as many documents as there are."""
 TILE_FEATURES = 256
+FIRING_RANK = 2**16
+"""More than any neighbour's rank: added to negatives of contexts in which the feature fires elsewhere."""
 
 S = TypeVar("S", bound=Split, covariant=True)
 
@@ -93,8 +95,9 @@ def draw_windows(
     """At most so many windows of each kind for each of `features`, of distinct documents as far as there are any.
 
     positive: around the highest activation of a context in which the feature fires, all deciles of those peaks alike.
-    random: of contexts in which it never fires. trigger: around one of its `trigger_tokens`, itself silent in the whole
-    window. neighbour: around the peak of the nearest other feature that leaves such a window, itself silent in it. The place
+    random: of contexts in which it never fires. trigger: around one of its `trigger_tokens`. neighbour: around the peak of
+    the nearest other feature that leaves such a window. The feature is silent in the windows of both, and in all of their
+    context as far as there are such; else they share no position with a positive window that is drawn. The place
     of the focus in its window is drawn alike for all kinds, so that it tells nothing. Fewer, down to none, where the
     split has no more. A feature's windows depend on the corpus, its firings, its neighbours and `seed` alone.
 
@@ -105,13 +108,14 @@ def draw_windows(
     tables = [pl.DataFrame(schema=WINDOW_SCHEMA)]
     for start in range(0, len(features), TILE_FEATURES):
         tile = np.unique(np.asarray(features[start : start + TILE_FEATURES], dtype=np.int64))
-        kinds: dict[WindowKind, tuple[pl.DataFrame, int]] = {
-            "positive": (draw.positives(tile), positives),
-            "random": (draw.random(tile, random), random),
-            "trigger": (draw.triggers(tile, triggers), trigger),
-            "neighbour": (draw.neighbours(tile, neighbours), neighbour),
+        firing = _spread(draw.positives(tile), "feature", positives)
+        kinds: dict[WindowKind, pl.DataFrame] = {
+            "positive": firing,
+            "random": _spread(draw.random(tile, random), "feature", random),
+            "trigger": _spread(draw.apart(draw.triggers(tile, triggers), firing), "feature", trigger),
+            "neighbour": _spread(draw.apart(draw.neighbours(tile, neighbours), firing), "feature", neighbour),
         }
-        tables += [draw.cut(_spread(places, "feature", limit), kind) for kind, (places, limit) in kinds.items()]
+        tables += [draw.cut(places, kind) for kind, places in kinds.items()]
     order = pl.col("kind").replace_strict(list(KINDS), list(range(len(KINDS))), return_dtype=pl.Int8)
     table = pl.concat(tables).sort("feature", order, maintain_order=True)
     splits = {units.documents[d]: SPLITS[s] for d, s in zip(units.context_document, units.context_split, strict=True)}
@@ -197,6 +201,22 @@ class _Draw:
         pool = _spread(self._candidates(peaks, "neighbour"), "feature", POOL)
         pool = pool.select(pl.col("feature").cast(pl.Int32).alias("neighbour"), "position")
         return self._silent(self._candidates(pairs.join(pool, on="neighbour"), "neighbour"))
+
+    def apart(self, places: pl.DataFrame, drawn: pl.DataFrame) -> pl.DataFrame:
+        """Those candidates whose windows share no position with the `drawn` ones of the feature, at most one of a context;
+        those of contexts in which the feature fires anywhere come last."""
+        start, stop = self._bounds(drawn)
+        taken = drawn.select("feature", "context", taken=pl.Series(start), taken_to=pl.Series(stop))
+        start, stop = self._bounds(places)
+        base = places["feature"].to_numpy() * (self.units.contexts * self.units.length)
+        row = places["context"].to_numpy().astype(np.int64) * self.units.length
+        fires = np.searchsorted(self.key, base + row) < np.searchsorted(self.key, base + row + self.units.length)
+        ranked = places.with_columns(pl.col("rank") + FIRING_RANK * pl.Series(fires).cast(pl.Int64))
+        both = ranked.with_columns(start=pl.Series(start), stop=pl.Series(stop)).join(
+            taken, on=["feature", "context"], how="left", maintain_order="left"
+        )
+        overlaps = (pl.col("start") < pl.col("taken_to")) & (pl.col("taken") < pl.col("stop"))
+        return both.filter(~overlaps.fill_null(False)).select(places.columns)
 
     def cut(self, places: pl.DataFrame, kind: WindowKind) -> pl.DataFrame:
         """The windows around candidates: WINDOW_SCHEMA."""

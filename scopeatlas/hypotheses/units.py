@@ -33,6 +33,8 @@ TOPIC_MIN_DOCUMENTS = 3
 TOPIC_MAX_CONTEXTS = 0.2
 CLAIMED_AT_ONCE = 256
 """How many rules' claims are held in memory together."""
+COUNTED_AT_ONCE = 2**20
+"""Of how many places the keys are held in memory together."""
 
 
 class Units(KeyColumns):
@@ -84,18 +86,19 @@ class Units(KeyColumns):
     def topic_words(self) -> tuple[sparse.csr_matrix, list[str]]:
         """Which contexts hold which content words: float32 0/1 [contexts, W], and the words.
 
-        A content word is alphabetic, at least three letters long, in three documents or more and in at most a fifth
-        of the contexts.
+        A content word is alphabetic, at least three letters long, in three explain documents or more and in at most a
+        fifth of the explain contexts: which words may be proposed must not depend on what rules are tested on.
         """
         held, words = self.context_words
+        explain = np.flatnonzero(self.context_split == SPLITS.index("explain"))
         by_document = sparse.csr_matrix(
-            (np.ones(self.contexts, dtype=np.float32), (self.context_document, np.arange(self.contexts))),
-            shape=(len(self.documents), self.contexts),
+            (np.ones(len(explain), dtype=np.float32), (self.context_document[explain], np.arange(len(explain)))),
+            shape=(len(self.documents), len(explain)),
         )
-        documents = np.asarray(((by_document @ held) > 0).sum(axis=0)).ravel()
-        contexts = np.asarray(held.sum(axis=0)).ravel()
+        documents = np.asarray(((by_document @ held[explain]) > 0).sum(axis=0)).ravel()
+        contexts = np.asarray(held[explain].sum(axis=0)).ravel()
         is_word = np.array([w.isalpha() and len(w) >= TOPIC_WORD_LENGTH for w in words])
-        kept = is_word & (documents >= TOPIC_MIN_DOCUMENTS) & (contexts <= TOPIC_MAX_CONTEXTS * self.contexts)
+        kept = is_word & (documents >= TOPIC_MIN_DOCUMENTS) & (contexts <= TOPIC_MAX_CONTEXTS * len(explain))
         chosen = np.flatnonzero(kept)
         return held[:, chosen].tocsr(), [words[i] for i in chosen]
 
@@ -142,33 +145,65 @@ def read_firings(store: Store, corpus: Corpus, entry: SaeEntry, subject: Subject
     return Firings(np.concatenate(features), np.concatenate(positions), width, value=np.concatenate(values))
 
 
-def key_hits(units: Units, firings: Firings, column: str) -> pl.DataFrame:
-    """How often each feature fires at each key of a column: feature, key, hits."""
-    counted = count_keys(firings.feature, units.keys_at(column, firings.position))
-    return counted.select(pl.col("group").cast(pl.UInt32).alias("feature"), "key", hits="count")
+def key_hits(units: Units, firings: Firings, column: str, *, least: int = 1) -> pl.DataFrame:
+    """How often each feature fires at each key of a column, where that is `least` times or more: feature, key, hits.
+
+    A few features at a time, so that what is held besides the result is 8 bytes a firing and the keys of COUNTED_AT_ONCE.
+    """
+    order = np.argsort(firings.feature, kind="stable")
+    ends = np.cumsum(np.bincount(firings.feature, minlength=firings.width))
+    parts = [pl.DataFrame(schema={"feature": pl.UInt32, "key": pl.Int32, "hits": pl.Int64})]
+    start = 0
+    while start < len(order):
+        within = int(np.searchsorted(ends, start + COUNTED_AT_ONCE, side="right")) - 1
+        # One feature at least, however often it fires.
+        stop = int(max(ends[max(within, 0)], ends[np.searchsorted(ends, start, side="right")]))
+        at = order[start:stop]
+        counted = count_keys(firings.feature[at], units.keys_at(column, firings.position[at])).filter(pl.col("count") >= least)
+        parts.append(counted.select(pl.col("group").cast(pl.UInt32).alias("feature"), "key", hits="count"))
+        start = stop
+    return pl.concat(parts)
 
 
 def key_totals(units: Units, split: Split, column: str) -> pl.DataFrame:
     """How many counted positions of a split have each key: key, total."""
-    keys = units.keys_at(column, np.flatnonzero(units.in_split(split)))
-    return count_keys(np.zeros(len(keys), dtype=np.int64), keys).select("key", total="count")
+    inside = np.flatnonzero(units.in_split(split))
+    total = np.zeros(len(units.column(column)[1]) + 1, dtype=np.int64)  # the last: no key
+    for start in range(0, len(inside), COUNTED_AT_ONCE):
+        keys = units.keys_at(column, inside[start : start + COUNTED_AT_ONCE])
+        total += np.bincount(np.where(keys < 0, len(total) - 1, keys).ravel(), minlength=len(total))
+    found = np.flatnonzero(total[:-1])
+    return pl.DataFrame({"key": found.astype(np.int32), "total": total[found]})
 
 
 def count_keys(group: np.ndarray, keys: np.ndarray, *, hits: np.ndarray | None = None) -> pl.DataFrame:
     """How many places of each group have each key, and how many of those are hits if that is known: group, key, count, hits.
 
     group: integers [n]; keys: int32 [n, m] as of `keys_at`; hits: bool [n]. Grouped by one packed integer, which is thrice
-    as fast as by two columns.
+    as fast as by two columns, and COUNTED_AT_ONCE places at a time.
     """
     size = int(keys.max(initial=0)) + 1
+    found = pl.DataFrame(schema={"packed": pl.Int64, "count": pl.Int64} | ({} if hits is None else {"hits": pl.Int64}))
+    new = [found]
+    for start in range(0, max(len(keys), 1), COUNTED_AT_ONCE):
+        part = slice(start, start + COUNTED_AT_ONCE)
+        new.append(_packed_counts(group[part], keys[part], None if hits is None else hits[part], size))
+        # Merged when as much is new as was known, so that each row is merged a few times at most.
+        if sum(map(len, new)) >= len(found):
+            found, new = pl.concat([found, *new]).group_by("packed").sum(), []
+    found = pl.concat([found, *new]).group_by("packed").sum() if new else found
+    group_and_key = (pl.col("packed") // size).alias("group"), (pl.col("packed") % size).cast(pl.Int32).alias("key")
+    return found.select(*group_and_key, *found.columns[1:])
+
+
+def _packed_counts(group: np.ndarray, keys: np.ndarray, hits: np.ndarray | None, size: int) -> pl.DataFrame:
+    """`count_keys` of a part, by group * size + key: packed, count, hits if they are known."""
     table = {"packed": (group.astype(np.int64)[:, None] * size + keys)[keys >= 0]}
     counted = [pl.len().cast(pl.Int64).alias("count")]
     if hits is not None:
         table["hit"] = np.broadcast_to(hits[:, None], keys.shape)[keys >= 0]
         counted.append(pl.col("hit").sum().cast(pl.Int64).alias("hits"))
-    found = pl.DataFrame(table).group_by("packed").agg(counted)
-    group_and_key = (pl.col("packed") // size).alias("group"), (pl.col("packed") % size).cast(pl.Int32).alias("key")
-    return found.with_columns(group_and_key).drop("packed")
+    return pl.DataFrame(table).group_by("packed").agg(counted)
 
 
 def claims_at(units: Units, rules: Mapping[int, Rule], feature: np.ndarray, position: np.ndarray) -> np.ndarray:

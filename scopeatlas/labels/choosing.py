@@ -82,8 +82,8 @@ def executed(units: Units, select: Windows[Literal["select"]], labels: Sequence[
 
 
 def _claims(units: Units, rule: Rule, context: int, start: int, width: int) -> bool:
-    first = int(units.counted[context * units.length : (context + 1) * units.length].argmax())  # behind BOS, as in `matches`
-    return any(rule.matches(units.text_of(context, first, units.length))[start - first : start - first + width])
+    # Behind BOS alone, as key columns are: a chat template's tokens are "" here, and still take up a position.
+    return any(rule.matches(units.text_of(context, 1, units.length))[start - 1 : start - 1 + width])
 
 
 def choose(labels: Sequence[Label], trials: Mapping[str, Trial], *, version: str = "") -> list[Label]:

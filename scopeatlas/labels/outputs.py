@@ -4,6 +4,7 @@ What belongs here: these as text, for a rule label's claim on what is written an
 what was measured. What does not: measuring (`mining/promoted.py`, `mining/steering.py`) or testing a claim (`scoring/`).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,15 @@ class Outputs:
 
 
 def writes_claims(features: pl.DataFrame, subject: SubjectModel) -> dict[int, str]:
-    """What features claim to write: their strongest promoted tokens, where those stand out of the vocabulary."""
+    """What features claim to write: their strongest promoted tokens, where those stand out of the vocabulary.
+
+    Each is written as a JSON string, since a token may be a quotation mark or the end of a line.
+    """
     strong = features.filter(pl.col("promoted_strength").list.first() >= WRITES_MIN_STRENGTH)
     claims = {}
     for row in strong.select("feature", "promoted").iter_rows(named=True):
         texts = token_texts(subject.tokenizer, row["promoted"][:WRITES_TOKENS])
-        claims[row["feature"]] = "raises " + ", ".join(f'"{text}"' for text in texts)
+        claims[row["feature"]] = "raises " + ", ".join(json.dumps(text, ensure_ascii=False) for text in texts)
     return claims
 
 

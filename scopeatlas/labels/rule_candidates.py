@@ -68,7 +68,7 @@ def token_candidates(units: Units, explain: Firings, features: np.ndarray, setti
     fired = fired_counts(explain, features)
     parts = []
     for column in COLUMNS:
-        hits = key_hits(units, explain, column).filter(pl.col("hits") >= MIN_HITS).join(fired, on="feature")
+        hits = key_hits(units, explain, column, least=MIN_HITS).join(fired, on="feature")
         hits = hits.join(key_totals(units, "explain", column), on="key")
         hits = hits.filter(pl.Series(worth_proposing(units, column)[hits["key"].to_numpy()]))
         hits = hits.with_columns(group=pl.col("feature"), hits_before=0, total_before=0)

@@ -7,7 +7,7 @@ leaves on disk and when it is done (`stage.py`), or how any of the parts works.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ from scopeatlas.labels.explainers import (
 )
 from scopeatlas.labels.falsification import TESTS, Falsification, falsify
 from scopeatlas.labels.outputs import read_outputs, steered, writes_claims
-from scopeatlas.labels.rule_labeller import RuleSettings, propose_rules, refusals
+from scopeatlas.labels.rule_labeller import RULES_VERSION, RuleSettings, propose_rules, refusals
 from scopeatlas.llm.config import ServerConfig
 from scopeatlas.llm.estimate import Estimate, estimate
 from scopeatlas.llm.ledger import Ledger
@@ -50,6 +50,8 @@ from scopeatlas.llm.replies import InvalidReply, fault
 from scopeatlas.llm.requests import Answer, ChatRequest
 from scopeatlas.mining.examples import FeatureExamples, examples_key, open_examples
 from scopeatlas.runner.local import Log
+from scopeatlas.storage.files import content_hash
+from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
@@ -78,8 +80,8 @@ class LabelSettings:
         """What of the settings determines labels, but for which features are asked about; neither prices nor timeouts do."""
         return [
             asdict(self.rules),
-            [self.version, self.explainer.temperature] if self.version else [],
-            [self.judge.model, self.judge.temperature, judge_prompt(detection.PROMPT).stamp] if self.judge.enabled else [],
+            [self.version, *_answering(self.explainer)] if self.version else [],
+            [self.judge.model, *_answering(self.judge), judge_prompt(detection.PROMPT).stamp] if self.judge.enabled else [],
             [self.falsified_features, EDITS_PROMPT.stamp] if self.falsified_features else [],
         ]
 
@@ -95,15 +97,27 @@ class LabelRun:
     ):
         self.store, self.corpus, self.entry, self.subject = store, corpus, entry, subject
         self.settings, self.log = settings, log
-        self.folder = store.stage(entry.key, corpus.id, "labels").root
+        self.stage = store.stage(entry.key, corpus.id, "labels")
+        self.folder = self.stage.root
 
     @cached_property
     def examples(self) -> FeatureExamples:
         return open_examples(self.store, self.corpus.id, self.entry.key, examples_key(self.corpus, self.entry, self.subject))
 
     @cached_property
+    def counts(self) -> pl.DataFrame:
+        """`firing_counts`, from the stage's folder if an earlier run left them there: the firings may be pruned by now."""
+        if self.stage.is_done(self.counts_key):
+            return pl.read_parquet(self.stage.data_path(self.counts_key, ".parquet"))
+        return firing_counts(self.units, self.firings)
+
+    @cached_property
+    def counts_key(self) -> ShardKey:
+        return ShardKey("counts", content_hash(RULES_VERSION, self.examples.key.identity))
+
+    @cached_property
     def refused(self) -> dict[int, Status]:
-        return refusals(firing_counts(self.units, self.firings), self.settings.rules)
+        return refusals(self.counts, self.settings.rules)
 
     @cached_property
     def units(self) -> Units:
@@ -124,7 +138,7 @@ class LabelRun:
 
     def by_evidence(self) -> list[int]:
         """The features that are not refused, those seen in most explain documents first."""
-        live = self.examples.features.filter(~pl.col("feature").is_in(list(self.refused)))
+        live = self.counts.filter(~pl.col("feature").is_in(list(self.refused)))
         return live.sort("explain_documents", "feature", descending=[True, False])["feature"].to_list()
 
     def worth_asking(self, only: Sequence[int] | None) -> list[int]:
@@ -266,11 +280,13 @@ class LabelRun:
             labels.append(_expected(question, requests[-1], explainer, journal))
         tested = self._tested(labels, features) if self.settings.version else []
         edits = self._edit_requests(tested, self._select(tested))
-        found = estimate(requests + [numbered(request, explainer, attempts) for _, request in edits], explainer, journal)
-        if not judge.enabled:
-            return found
-        judged = [numbered(one.request, judge, attempts) for _, _, rounds in self.rounds(labels) for one in rounds]
-        return _sum(found, estimate(judged, judge, journal))
+        requests += [numbered(request, explainer, attempts) for _, request in edits]
+        rounds = self.rounds(labels) if judge.enabled else []
+        judged = [numbered(one.request, judge, attempts) for _, _, asked in rounds for one in asked]
+        servers = [(requests, explainer), (judged, judge)]
+        # one that is off has no budget, which would pass for the smallest
+        found = [estimate(asked, config, journal) for asked, config in servers if config.enabled]
+        return reduce(_sum, found) if found else Estimate()
 
     def is_of_explain(self, label: Label) -> bool:
         """Whether every document that a label was proposed from is an explain document of this corpus, as it is now."""
@@ -283,6 +299,11 @@ class LabelRun:
         split = np.zeros(len(self.units.documents), dtype=np.int64)
         split[self.units.context_document] = self.units.context_split
         return [SPLITS[i] for i in split]
+
+
+def _answering(config: ServerConfig) -> list[float]:
+    """What of a server's settings determines its answers, beside the model."""
+    return [config.temperature, config.reasoning_tokens]
 
 
 def _expected(question: Question[Label], request: ChatRequest, config: ServerConfig, journal: Ledger) -> Label:

@@ -6,9 +6,9 @@ the next one would cost. What does not: making the labels (`run.py`).
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import polars as pl
@@ -16,7 +16,7 @@ import polars as pl
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import Split
 from scopeatlas.dictionaries.releases import SaeEntry
-from scopeatlas.hypotheses.labels import Label, label_table, labels_of
+from scopeatlas.hypotheses.labels import Label, Status, label_table, labels_of
 from scopeatlas.labels import versions
 from scopeatlas.labels.annotations import read_annotations
 from scopeatlas.labels.asking import Asking, Tally
@@ -33,7 +33,7 @@ from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,13 @@ def estimate_labels(
     return run.estimated(features, others, asked.get("attempts", {}), read_journal(store.root))
 
 
-def documents_read(table: pl.DataFrame) -> list[tuple[str, Split]]:
-    """Every document that the labels of a table say they were proposed from or chosen on, and the split it was read as."""
-    found: set[tuple[str, Split]] = set()
+def documents_read(table: pl.DataFrame, falsification: pl.DataFrame | None = None) -> list[tuple[str, Split]]:
+    """Every document that the labels of a table say they were proposed from or chosen on, and the split it was read as.
+
+    falsification: `FeatureLabels.falsification`; with it, also those that texts were edited from to put labels to the test.
+    """
+    edited = [] if falsification is None else falsification["document_id"].to_list()
+    found: set[tuple[str, Split]] = {(document, "select") for document in edited if document}
     for provenance in map(json.loads, table["provenance"]):
         found |= {(document, "explain") for document, _, _ in provenance.get("windows", [])}
         found |= {(document, "select") for document in provenance.get("choice", {}).get("documents", [])}
@@ -175,18 +179,31 @@ def _make(run: LabelRun, stage: StageFolder, asking: Asking | None, features: Se
     if settings.falsified_features:
         labels, falsification = run.falsified(asking, labels, features)
     trials = run.tried(asking, labels) if asking and settings.judge.enabled else {}
-    return label_table(choose(labels, trials, version=settings.version)), falsification
+    return label_table(_refusing_dead(choose(labels, trials, version=settings.version), run.refused)), falsification
+
+
+def _refusing_dead(labels: Sequence[Label], refused: Mapping[int, Status]) -> list[Label]:
+    """The same labels, with the refusal of every dead feature current: nothing that anybody says of it can be tested."""
+    return [
+        replace(label, current=label.status == "dead") if refused.get(label.feature) == "dead" else label for label in labels
+    ]
 
 
 def _rules(run: LabelRun, stage: StageFolder) -> list[Label]:
-    """The rule labels, made once for all generations that share them."""
+    """The rule labels, made once for all generations that share them; with them, the counts that refusals follow from."""
+    _write(stage, run.counts_key, lambda: run.counts)
     key = ShardKey("rules", content_hash(RULES_VERSION, run.examples.key.identity, asdict(run.settings.rules)))
+    _write(stage, key, lambda: label_table(run.rules()))
+    return labels_of(pl.read_parquet(stage.data_path(key, ".parquet")))
+
+
+def _write(stage: StageFolder, key: ShardKey, make: Callable[[], pl.DataFrame]) -> None:
     path = stage.data_path(key, ".parquet")
     if not stage.is_done(key):
+        table = make()
         with atomic_path(path) as temporary:
-            label_table(run.rules()).write_parquet(temporary)
+            table.write_parquet(temporary)
         stage.commit(key, [path], {})
-    return labels_of(pl.read_parquet(path))
 
 
 def _people(run: LabelRun, store: Store) -> list[Label]:

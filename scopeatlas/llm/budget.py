@@ -18,7 +18,7 @@ def reservation_for(
     request: ChatRequest, config: ServerConfig, counter: TokenCounter, rung: Rung, *, price: float = 1.0
 ) -> Reservation:
     """What one attempt at `request` can cost at most; `send` is -1 until it is sent."""
-    prompt, output = counter.prompt(request, rung), request.max_output_tokens
+    prompt, output = counter.prompt(request, rung), request.output_limit(config)
     usd = config.usd(prompt.high, output)
     usd = None if usd is None else usd * price
     return Reservation(-1, request.key(config), request.purpose, prompt.low, prompt.high, output, usd, counter.exact)

@@ -24,6 +24,7 @@ _ABOVE_ZERO = (
     "max_usd_total",
 )
 _PRICES = ("usd_per_million_input", "usd_per_million_cached", "usd_per_million_output")
+_NOT_BELOW_ZERO = (*_PRICES, "temperature", "reasoning_tokens")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ServerConfig:
     the key is read when the first request goes out. timeout_seconds: for a whole request, answer included.
     max_attempts: at one request, four times as many where the server only says that it is busy.
     max_tokens_total, max_usd_total: over all that the store's journal holds, open reservations included, by whatever
-    model; the money is counted only if the prices are known. tokenizer: a folder or Hub id of the server's own
+    model; the money is counted only if the prices are known. reasoning_tokens: what an answer may use for thinking, beyond
+    what its text needs; for a model that reasons. tokenizer: a folder or Hub id of the server's own
     tokenizer, for exact counts; without it, reservations are counted from bytes (an upper bound) and what an answer must
     at least have used from words. batch: "provider" for the server's Batch API, "local" for the same files driven by
     our own runner. offline: never contact a host other than this machine.
@@ -58,18 +60,17 @@ class ServerConfig:
     tokenizer: str | None = None
     batch: Literal["off", "provider", "local"] = "off"
     offline: bool = False
+    reasoning_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"the LLM server's {name} is {value}; set it above 0")
-        for name in _PRICES:
+        for name in _NOT_BELOW_ZERO:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"the LLM server's {name} is {value}; set it to 0 or more")
-        if self.temperature < 0:
-            raise ConfigError(f"the LLM server's temperature is {self.temperature}; set it to 0 or more")
         if self.batch not in ("off", "provider", "local"):
             raise ConfigError(f"the LLM server's batch is {self.batch!r}; set it to off, provider or local")
         self._check_prices()

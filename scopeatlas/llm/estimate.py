@@ -61,8 +61,9 @@ def estimate(requests: Iterable[ChatRequest], config: ServerConfig, journal: Led
     usd = 0.0
     for key, request in new.items():
         bounds = counter.prompt(request, rung)
-        prompt, likely, output = prompt + bounds.high, likely + bounds.likely, output + request.max_output_tokens
-        dollars = config.usd(bounds.high, request.max_output_tokens)
+        limit = request.output_limit(config)
+        prompt, likely, output = prompt + bounds.high, likely + bounds.likely, output + limit
+        dollars = config.usd(bounds.high, limit)
         usd += (dollars or 0.0) * (1.0 if key == "probe" else price)
     spent = journal.spent()
     room = max(0, config.max_tokens_total - spent.settled_tokens - spent.open_tokens)

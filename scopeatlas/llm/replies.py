@@ -82,7 +82,7 @@ def fault(reply: ChatReply, model: str) -> str:
     if reply.refusal:
         return f"the model declined: {_one_line(reply.refusal)}"
     if reply.finish_reason == "length":
-        return "the answer was cut off; raise max_output_tokens"
+        return "the answer was cut off; raise reasoning_tokens"
     try:
         whole = isinstance(json.loads(reply.text), dict)
     except (ValueError, RecursionError):

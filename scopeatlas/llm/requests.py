@@ -25,8 +25,8 @@ class ChatRequest:
 
     purpose ("explain", "detection", ...), sae, feature: what and whom it is asked for; they are booked, and do not change
     the answer. messages: the constant
-    prefix first, so that a provider can cache it. schema: {"name": ..., "strict": True, "schema": {...}}. prompt: the
-    prompt file's stamp. logprobs: how many alternatives to report for each token of the answer, 0 for none. attempt:
+    prefix first, so that a provider can cache it. schema: {"name": ..., "strict": True, "schema": {...}}. max_output_tokens:
+    of its text, thinking apart. prompt: the prompt file's stamp. logprobs: how many alternatives to report for each token of the answer, 0 for none. attempt:
     raised to ask again after an answer that was invalid.
     """
 
@@ -40,6 +40,10 @@ class ChatRequest:
     logprobs: int = 0
     attempt: int = 0
 
+    def output_limit(self, config: ServerConfig) -> int:
+        """The most tokens that the answer may have, thinking included."""
+        return self.max_output_tokens + config.reasoning_tokens
+
     def key(self, config: ServerConfig) -> str:
         """The SHA-256, hex, of everything that determines the answer: two requests with one key are asked once."""
         parameters = {
@@ -47,6 +51,8 @@ class ChatRequest:
             "max_output_tokens": self.max_output_tokens,
             "logprobs": self.logprobs,
         }
+        if config.reasoning_tokens:  # without it the key is what it was before there was such a setting
+            parameters["reasoning_tokens"] = config.reasoning_tokens
         parts = [config.model, self.messages, parameters, self.schema, self.prompt, self.attempt]
         # ASCII escapes, since a message may hold half a surrogate pair and UTF-8 may not
         return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
@@ -128,7 +134,7 @@ def request_body(request: ChatRequest, config: ServerConfig, rung: Rung) -> dict
         "model": config.model,
         "messages": [dict(message) for message in messages_for(request, rung)],
         "temperature": config.temperature,
-        limit: request.max_output_tokens,
+        limit: request.output_limit(config),
         "response_format": asked,
     }
     if request.logprobs:

@@ -11,7 +11,8 @@ import polars as pl
 
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.scoring.sequential import q_values
-from scopeatlas.scoring.table import Arm, Scorer
+from scopeatlas.scoring.table import Arm, Cell, Scorer
+from scopeatlas.storage.files import unit_hash
 
 REQUIRED: dict[Scorer, tuple[Arm, ...]] = {
     "rule_execution": ("shuffled", "constant", "trigger_tokens"),
@@ -23,26 +24,30 @@ REQUIRED: dict[Scorer, tuple[Arm, ...]] = {
     "steering": ("shuffled", "random_direction"),
 }
 """Without these no metric of a scorer is shown."""
+NO_PARTNER: dict[str, Cell] = {"status": "not_applicable", "note": "no other feature's label says anything else"}
+"""Of the shuffled row of a label that `partners` gives none."""
 
 
 def partners(labels: Sequence[Label], claims: Sequence[str], groups: Sequence[str], *, seed: int) -> list[int]:
     """For each label the one that stands in for it where labels are shuffled: int, an index into `labels`.
 
-    It is another feature's, of the same group (the unit it is tested on) if there is one, so that both count the same
-    things, and never one of the same claim unless all are the same: then it is the label itself.
+    It is another feature's, of another claim, of the same group (the unit it is tested on) if there is one, so that both
+    count the same things. Where there is none it is the label's own index, which is no control: its shuffled arm does not
+    apply. Labels stand on a ring by a hash of their ids and take the next that fits, so that one label more gives about one
+    other label another partner, and what was asked of the rest is not asked anew.
     """
-    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
-    turn: dict[str, list[int]] = {group: [i for i in order if groups[i] == group] for group in sorted(set(groups))}
+    order = sorted(range(len(labels)), key=lambda i: unit_hash("partner", f"{seed}:{labels[i].label_id}"))
     chosen = list(range(len(labels)))
-    for candidates in (turn, {group: order for group in turn}):
-        for group, members in candidates.items():
-            place = {index: at for at, index in enumerate(members)}
-            for index in turn[group]:
+    for ring_of in (groups, [""] * len(labels)):
+        rings: dict[str, list[int]] = {}
+        for index in order:
+            rings.setdefault(ring_of[index], []).append(index)
+        for ring in rings.values():
+            for place, index in enumerate(ring):
                 if chosen[index] == index:
-                    after = (members[(place[index] + step) % len(members)] for step in range(1, len(members)))
+                    after = (ring[(place + step) % len(ring)] for step in range(1, len(ring)))
                     mine = labels[index].feature, claims[index]
-                    others = (i for i in after if labels[i].feature != mine[0] and claims[i] != mine[1])
-                    chosen[index] = next(others, index)
+                    chosen[index] = next((i for i in after if labels[i].feature != mine[0] and claims[i] != mine[1]), index)
     return chosen
 
 

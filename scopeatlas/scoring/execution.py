@@ -26,7 +26,7 @@ from scopeatlas.hypotheses.rules import Rule
 from scopeatlas.hypotheses.samples import trigger_tokens
 from scopeatlas.hypotheses.surface import word_of
 from scopeatlas.hypotheses.units import Firings, Units, claims_at, document_counts
-from scopeatlas.scoring.controls import partners
+from scopeatlas.scoring.controls import NO_PARTNER, partners
 from scopeatlas.scoring.places import DECILES, list_places, of_rows, silent_places, strata
 from scopeatlas.scoring.table import Arm, Cell, number
 
@@ -39,10 +39,11 @@ class _Tested:
 
     fires: every firing. peaks: the positive units, a context by its peak; decile: int [n] of each. trigger, neighbour:
     negatives, the first where one of the feature's trigger tokens stands, the second where the nearest other feature fires.
-    All are `Firings` whose features are row numbers.
+    All are `Firings` whose features are row numbers. alone: bool [n], whether no rule can stand in for it.
     """
 
     labels: Sequence[Label]
+    alone: np.ndarray
     fires: Firings
     peaks: Firings
     decile: np.ndarray
@@ -68,7 +69,7 @@ def execute_rules(
     """Rows of every label that has a rule: its own arm and the shuffled, constant and trigger-token ones.
 
     firings: of every split (a feature's trigger tokens are those of explain). A label whose feature fires in fewer than
-    `min_documents` report documents is refused.
+    `min_documents` report documents is refused; where no rule says anything else, the shuffled arm does not apply.
     """
     ruled = [label for label in labels if label.rule]
     rules = [Rule.from_json(label.rule) for label in ruled]
@@ -79,6 +80,7 @@ def execute_rules(
         mine = [rules[i] for i in tile]
         lists = trigger_rules(units, firings, [ruled[i].feature for i in tile], mine)
         tested = _tested(units, firings, [ruled[i] for i in tile], mine, lists, neighbours)
+        tested = replace(tested, alone=np.array([other[i] == i for i in tile], dtype=bool))
         arms: dict[Arm, list[Rule]] = {"own": mine, "shuffled": [rules[other[i]] for i in tile], "trigger_tokens": lists}
         rows += _score(units, tested, arms, min_documents=min_documents, seed=seed)
     return rows
@@ -118,6 +120,7 @@ def _tested(
         nearest = np.where(cosine >= 0, cosine, coactive)
     return _Tested(
         labels,
+        np.zeros(len(labels), dtype=bool),
         fires,
         *strata(units, fires, by_context),
         silent_places(units, list_places(units, lists), fires, by_context),
@@ -166,7 +169,8 @@ def _rows(tested: _Tested, arm: Arm, outcome: _Outcome, lift: Lift, min_document
     for name in CLAIM_METRICS:
         measured |= {name: getattr(point, name), f"{name}_low": bounds[name][:, 0], f"{name}_high": bounds[name][:, 1]}
     if arm == "own":
-        measured |= {"lift": lift.value, "lift_low": lift.low, "lift_high": lift.high, "p_value": lift.p_value}
+        lifts = {"lift": lift.value, "lift_low": lift.low, "lift_high": lift.high, "p_value": lift.p_value}
+        measured |= {name: np.where(tested.alone, np.nan, values) for name, values in lifts.items()}
     documents = (counts.fired > 0).sum(axis=1)
     places = [np.bincount(of.feature, minlength=len(fired)) for of in (tested.trigger, tested.neighbour)]
     rows: list[dict[str, Cell]] = []
@@ -186,6 +190,8 @@ def _rows(tested: _Tested, arm: Arm, outcome: _Outcome, lift: Lift, min_document
             "negatives_trigger": int(places[0][i]),
             "negatives_neighbour": int(places[1][i]),
         }
+        if row["status"] == "scored" and arm == "shuffled" and tested.alone[i]:
+            row |= NO_PARTNER
         if row["status"] == "scored":
             row |= {name: number(values[i]) for name, values in measured.items()}
             row["recall_by_decile"] = [number(share) for share in outcome.recall[i]]

@@ -103,8 +103,8 @@ def make_trials(
     for scorer, i in product(judges.scorers, range(len(labels))):
         label, judge = labels[i], _JUDGES[scorer]
         mine = by_feature.get(label.feature, windows.table.clear())
-        said: dict[Arm, str] = {"own": texts[i], "shuffled": texts[other[i]]}
-        claims: dict[Arm, Claim] = {arm: Claim(label.feature, label.label_id, said[arm]) for arm in judge.arms}
+        said: dict[Arm, str] = {"own": texts[i]} | ({"shuffled": texts[other[i]]} if other[i] != i else {})
+        claims = {arm: Claim(label.feature, label.label_id, said[arm]) for arm in judge.arms if arm in said}
         rounds = _rounds(judge, sae, claims, mine, seed) if _is_testable(mine, min_documents) else {}
         trial = Trial(label, mine, frozenset(triggers.get(label.feature, ())), rounds)
         trial.stops_early = judges.stop_early and judge.stops_early
@@ -127,7 +127,7 @@ def _play(trials: Sequence[Trial], judge: Judge, asking: Asking, config: ServerC
     """Ask round after round, until every trial has stopped or used up its windows."""
     while playing := [trial for trial in trials if trial.is_open]:
         asked: list[tuple[Trial, Arm, Round]] = [
-            (trial, arm, trial.rounds[arm][trial.played]) for trial in playing for arm in judge.arms
+            (trial, arm, rounds[trial.played]) for trial in playing for arm, rounds in trial.rounds.items()
         ]
         for (trial, arm, _), heard in zip(asked, _heard(asking, judge, [one for _, _, one in asked], config), strict=True):
             trial.hear(arm, heard.value, heard.problem, heard.answer.charge)

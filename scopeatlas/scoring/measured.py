@@ -22,6 +22,8 @@ from scopeatlas.hypotheses.metrics import (
 from scopeatlas.scoring.table import Cell, number
 
 DECILES = 10
+NO_FAIR_WINDOWS: dict[str, Cell] = {"status": "not_applicable", "note": "every negative was drawn for its trigger token"}
+"""Of a trigger_tokens row (`Sample.fair_to_triggers`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,16 @@ class Sample:
     def documents(self) -> int:
         """Documents with a positive."""
         return len(np.unique(self.document[self.truth]))
+
+    def at(self, units: np.ndarray) -> "Sample":
+        """Some of the units. units: bool [n]."""
+        return Sample(self.truth[units], self.document[units], self.kind[units], self.decile[units])
+
+    @property
+    def fair_to_triggers(self) -> np.ndarray:
+        """bool [n]: all but the negatives that were drawn because they hold a trigger token. A control that claims these
+        tokens is always wrong there, so it is compared on the others alone."""
+        return self.truth | (self.kind != "trigger")
 
     def cells(self) -> dict[str, Cell]:
         """What was tested on, as cells."""
@@ -83,6 +95,12 @@ def measure_claims(sample: Sample, verdict: np.ndarray, *, seed: int) -> Measure
             cells[f"specificity_{kind}"] = float((~claimed[negatives]).mean())
     cells["recall_by_decile"] = [_share(claimed[sample.truth & (sample.decile == d)]) for d in range(DECILES)]
     return Measured(cells, values["balanced_accuracy"])
+
+
+def accuracy_at(sample: Sample, verdict: np.ndarray, units: np.ndarray) -> Cell:
+    """Balanced accuracy of verdicts on some units (bool [n]): null without positives or without negatives among them."""
+    right, truth = (verdict[units] >= 0.5) == sample.truth[units], sample.truth[units]
+    return float((right[truth].mean() + right[~truth].mean()) / 2) if truth.any() and not truth.all() else None
 
 
 def measure_ranking(sample: Sample, score: np.ndarray, *, seed: int) -> Measured:

@@ -7,7 +7,7 @@ This is no accuracy and is never called one: an embedder knows topics, not token
 is delphi's embedding protocol (EleutherAI/delphi, scorers/embedding), with the shuffled labels beside it that it lacks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,8 +15,8 @@ import polars as pl
 
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.hypotheses.samples import Windows, require
-from scopeatlas.scoring.controls import partners
-from scopeatlas.scoring.measured import lift_cells, measure_ranking, sample_of
+from scopeatlas.scoring.controls import NO_PARTNER, partners
+from scopeatlas.scoring.measured import NO_FAIR_WINDOWS, Sample, lift_cells, measure_ranking, sample_of
 from scopeatlas.scoring.table import Arm, Cell
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -33,7 +33,8 @@ def retrieve(
     seed: int,
 ) -> list[dict[str, Cell]]:
     """Rows of every label: its own text (arm own), another feature's (shuffled), and its feature's trigger tokens instead
-    of a text (trigger_tokens); triggers[i] are those of labels[i].
+    of a text (trigger_tokens); triggers[i] are those of labels[i]. Where no label says anything else, the shuffled arm does not
+    apply.
 
     The score of a window is the cosine of its text and the label's. Raises LeakError for windows of another split.
     """
@@ -46,7 +47,8 @@ def retrieve(
     rows: list[dict[str, Cell]] = []
     for i, label in enumerate(labels):
         mine = by_feature.get(label.feature, windows.table.clear())
-        said: dict[Arm, str] = {"own": texts[i], "shuffled": texts[other[i]], "trigger_tokens": triggers[i]}
+        said: dict[Arm, str] = {"own": texts[i], "trigger_tokens": triggers[i]}
+        said |= {"shuffled": texts[other[i]]} if other[i] != i else {}
         shown = np.array([vectors[text] for text in spelled.get(label.feature, [])])
         claims: dict[Arm, np.ndarray] = {arm: vectors[text] for arm, text in said.items()}
         rows += _rows(label, mine, shown, claims, min_documents=min_documents, seed=seed)
@@ -67,11 +69,27 @@ def _rows(
         **sample.cells(),
     }
     if sample.documents < min_documents or sample.truth.all():
-        return [named | {"arm": arm, "status": "too_few_documents"} for arm in claims]
-    measured = {arm: measure_ranking(sample, shown @ vector, seed=seed) for arm, vector in claims.items()}
-    rows = [named | {"arm": arm, "status": "scored"} | found.cells for arm, found in measured.items()]
-    rows[0] |= lift_cells(measured["own"], measured["shuffled"], documents=sample.documents)
-    return rows
+        return [named | {"arm": arm, "status": "too_few_documents"} for arm in ("own", "shuffled", "trigger_tokens")]
+    scores = {arm: shown @ vector for arm, vector in claims.items()}
+    own = measure_ranking(sample, scores["own"], seed=seed)
+    rows = [named | {"arm": "own", "status": "scored"} | own.cells]
+    if "shuffled" in scores:
+        shuffled = measure_ranking(sample, scores["shuffled"], seed=seed)
+        rows[0] |= lift_cells(own, shuffled, documents=sample.documents)
+        rows.append(named | {"arm": "shuffled", "status": "scored"} | shuffled.cells)
+    else:
+        rows.append(named | {"arm": "shuffled"} | NO_PARTNER)
+    return [*rows, named | {"arm": "trigger_tokens"} | _triggers(sample, scores, seed=seed)]
+
+
+def _triggers(sample: Sample, scores: Mapping[Arm, np.ndarray], *, seed: int) -> dict[str, Cell]:
+    """The trigger tokens, and the own text beside them, without the windows that were drawn because they hold one."""
+    fair = sample.fair_to_triggers
+    some = sample.at(fair)
+    if some.truth.all():
+        return NO_FAIR_WINDOWS
+    own, triggers = (measure_ranking(some, scores[arm][fair], seed=seed).cells for arm in ("own", "trigger_tokens"))
+    return some.cells() | {"status": "scored", "against": own["auroc"]} | triggers
 
 
 def _embedded(embed: Embed, texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -32,6 +32,8 @@ SCORE_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "negatives_trigger": pl.Int64,
     "negatives_neighbour": pl.Int64,
     **{f"{name}{part}": pl.Float32 for name in METRICS for part in ("", "_low", "_high")},
+    "first_round": pl.Float32,  # where testing may stop early: the main metric on the first round alone, which no stop selects
+    "against": pl.Float32,  # trigger_tokens arm only: the own arm's main metric on its windows (of first_round, if that is there)
     "specificity_random": pl.Float32,
     "specificity_trigger": pl.Float32,
     "specificity_neighbour": pl.Float32,

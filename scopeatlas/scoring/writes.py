@@ -7,6 +7,7 @@ The effect is measured (TokenChange in Gur-Arieh et al., ACL 2025), whereas the 
 predicts, so that one is a test of the other.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -26,7 +27,7 @@ from scopeatlas.subject.loading import SubjectModel
 PROMPTS = 24
 PROMPT_TOKENS = 17
 """Of one prompt, BOS included."""
-_QUOTED = re.compile(r'"([^"]+)"')
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)+"', re.DOTALL)
 
 
 def steer_writes(
@@ -72,9 +73,17 @@ def steer_writes(
 
 
 def claimed_tokens(writes: str, subject: SubjectModel) -> list[int]:
-    """The tokens that a claim names in quotation marks; what is no single token of the vocabulary is left out."""
-    spelled = [subject.tokenizer.encode(text, add_special_tokens=False) for text in _QUOTED.findall(writes)]
+    """The tokens that a claim names, each a JSON string; what is none, or no single token of the vocabulary, is left out."""
+    texts = [text for found in _QUOTED.findall(writes) if (text := _unquoted(found)) is not None]
+    spelled = [subject.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return list(dict.fromkeys(ids[0] for ids in spelled if len(ids) == 1))
+
+
+def _unquoted(text: str) -> str | None:
+    try:
+        return json.loads(text, strict=False)  # a person may have written a line's end as it is
+    except json.JSONDecodeError:
+        return None
 
 
 def report_prompts(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:

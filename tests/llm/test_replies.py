@@ -73,7 +73,7 @@ def test_a_good_answer_is_read():
     ("reply", "problem"),
     [
         (ChatReply("", refusal="I cannot\nhelp"), "the model declined: I cannot help"),
-        (ChatReply(TEXT, "length"), "cut off; raise max_output_tokens"),
+        (ChatReply(TEXT, "length"), "cut off; raise reasoning_tokens"),
         (ChatReply(TEXT, model="other"), "answered as the model 'other', not as 'm'"),
         (ChatReply(""), "no JSON object"),
         (ChatReply("words for ships"), "no JSON object"),
