@@ -27,6 +27,7 @@ import numpy as np
 import polars as pl
 
 from scopeatlas.corpus.build import open_corpus
+from scopeatlas.corpus.documents import Split
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.errors import LeakError
 from scopeatlas.hypotheses.labels import Label
@@ -129,7 +130,7 @@ def leaked(windows: Windows[Literal["explain"]]) -> Windows[Literal["report"]]:
         require(Windows("report", windows.table, windows.document_splits), "report")
     except LeakError as error:
         print(f"  what `require` says of explain windows that only claim to be of report: {error}")
-    forged = dict.fromkeys(windows.document_splits, "report")
+    forged: dict[str, Split] = dict.fromkeys(windows.document_splits, "report")
     return Windows("report", windows.table, forged)
 
 
@@ -177,18 +178,22 @@ def mean_of(table: pl.DataFrame, arm: str, column: str) -> tuple[float, float, f
     return float(values.mean()), *np.percentile(drawn, [2.5, 97.5]).tolist()
 
 
-def line(name: str, table: pl.DataFrame, *, scorer: str = "detection") -> float:
-    """Print what came of one arm; returns the mean balanced accuracy."""
+def line(name: str, table: pl.DataFrame, *, scorer: str = "detection") -> tuple[float, float, float]:
+    """Print what came of one arm; returns the mean balanced accuracy and its interval, of the first round where testing may
+    stop early: the mean of estimates that were stopped when they were high is too high."""
     mine = table.filter(pl.col("scorer") == scorer)
-    value, low, high = mean_of(mine, "own", "balanced_accuracy")
-    recall, shuffled = (mean_of(mine, *which)[0] for which in (("own", "recall"), ("shuffled", "balanced_accuracy")))
+    stops = mine["first_round"].is_not_null().any()
+    metric = "first_round" if stops else "balanced_accuracy"
+    value, low, high = mean_of(mine, "own", metric)
+    recall, shuffled = (mean_of(mine, *which)[0] for which in (("own", "recall"), ("shuffled", metric)))
     own = mine.filter(pl.col("arm") == "own", pl.col("status") == "scored")
     above = (own["balanced_accuracy_low"] > 0.5).sum()
     print(
-        f"  {name:<34} balanced accuracy {value:.3f} [{low:.3f}, {high:.3f}]   recall {recall:.3f}   "
+        f"  {name:<34} balanced accuracy {value:.3f} [{low:.3f}, {high:.3f}]{' in the first round' if stops else ''}   "
+        f"{'' if stops else f'recall {recall:.3f}   '}"
         f"shuffled {shuffled:.3f}   constant 0.500   {above} of {len(own)} features above chance"
     )
-    return value
+    return value, low, high
 
 
 def memoriser(demo: Demo, asked: Asked, count: int) -> bool:
@@ -208,7 +213,7 @@ def memoriser(demo: Demo, asked: Asked, count: int) -> bool:
     values = []
     for name, windows in (("report documents, as we test", report), ("explain documents, leaked on purpose", forged)):
         table = asked.scores(labels, windows, repeats(MEMORY_WORDS), triggers=triggers)
-        values.append(line(name, table))
+        values.append(line(name, table)[0])
         tested = windows.table.filter(pl.col("kind") == "positive").select("feature", "context").rows()
         print(f"    of {len(tested)} positives {sum(pair in seen for pair in tested)} are of a context that the memoriser saw")
     print(f"    documents per split: {documents_per_split(report)}")
@@ -276,8 +281,8 @@ def known_judge(demo: Demo, asked: Asked) -> tuple[bool, dict[str, float]]:
                 stop_early=stops,
             )
             for scorer in ("detection", "fuzzing"):
-                value = line(f"{scorer}, early stopping {'on' if stops else 'off'}", table, scorer=scorer)
-                good &= stops or abs(value - accuracy) < 0.03
+                value, low, high = line(f"{scorer}, early stopping {'on' if stops else 'off'}", table, scorer=scorer)
+                good &= low <= accuracy <= high if stops else abs(value - accuracy) < 0.03
             totals[f"{accuracy}, early stopping {'on' if stops else 'off'}"] = costs(table)
     return good, totals
 

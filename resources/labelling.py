@@ -36,6 +36,9 @@ class ServerSettings(dg.Config):
     usd_per_million_cached: float | None = Field(default=None, description="Price of prompt tokens that the server had cached.")
     usd_per_million_output: float | None = Field(default=None, description="Price of answers.")
     tokenizer: str | None = Field(default=None, description="Folder or Hub id of the server's tokenizer, to count exactly.")
+    reasoning_tokens: int = Field(
+        default=0, ge=0, description="Tokens that an answer may use beyond its own, for a model that thinks first."
+    )
     batch: Literal["off", "provider", "local"] = Field(
         default="off",
         description="provider: the Batch API, at half the price within a day; local: the same files, our own runner.",

@@ -64,9 +64,9 @@ class KeyColumns:
         keys = self.column(name)[0]
         if name != "near":
             return keys[positions][:, None]
-        back = np.arange(1, REACH + 1)
-        before = positions[:, None] - back
-        near = np.where((positions % self.length)[:, None] >= back, keys[before], -1)
+        near = np.full((len(positions), REACH), -1, dtype=np.int32)
+        for back in range(1, REACH + 1):  # one at a time: int32 is all that is held of every position
+            near[:, back - 1] = np.where(positions % self.length >= back, keys[positions - back], -1)
         for i in range(1, REACH):
             near[(near[:, :i] == near[:, i : i + 1]).any(axis=1), i] = -1
         near[self._flat[positions] < 0] = -1

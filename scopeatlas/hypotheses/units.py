@@ -33,7 +33,7 @@ TOPIC_MIN_DOCUMENTS = 3
 TOPIC_MAX_CONTEXTS = 0.2
 CLAIMED_AT_ONCE = 256
 """How many rules' claims are held in memory together."""
-COUNTED_AT_ONCE = 2**20
+COUNTED_AT_ONCE = 2**18
 """Of how many places the keys are held in memory together."""
 
 
@@ -183,15 +183,16 @@ def count_keys(group: np.ndarray, keys: np.ndarray, *, hits: np.ndarray | None =
     as fast as by two columns, and COUNTED_AT_ONCE places at a time.
     """
     size = int(keys.max(initial=0)) + 1
-    found = pl.DataFrame(schema={"packed": pl.Int64, "count": pl.Int64} | ({} if hits is None else {"hits": pl.Int64}))
-    new = [found]
-    for start in range(0, max(len(keys), 1), COUNTED_AT_ONCE):
+    found = _packed_counts(group[:0], keys[:0], None if hits is None else hits[:0], size)
+    new: list[pl.DataFrame] = []
+    for start in range(0, len(keys), COUNTED_AT_ONCE):
         part = slice(start, start + COUNTED_AT_ONCE)
         new.append(_packed_counts(group[part], keys[part], None if hits is None else hits[part], size))
         # Merged when as much is new as was known, so that each row is merged a few times at most.
         if sum(map(len, new)) >= len(found):
             found, new = pl.concat([found, *new]).group_by("packed").sum(), []
-    found = pl.concat([found, *new]).group_by("packed").sum() if new else found
+    if new:
+        found = pl.concat([found, *new]).group_by("packed").sum()
     group_and_key = (pl.col("packed") // size).alias("group"), (pl.col("packed") % size).cast(pl.Int32).alias("key")
     return found.select(*group_and_key, *found.columns[1:])
 

@@ -20,14 +20,14 @@ from scopeatlas.llm.prompts import fenced, load_prompt
 from scopeatlas.llm.replies import InvalidReply, read_json
 from scopeatlas.llm.requests import Answer, ChatRequest, JsonSchema
 
-EDITS = 4
-"""Of each direction at most so many for a rule."""
+EDITS = 6
+"""Of each direction at most so many for a rule: if half of what it matches fires, none of six does in one case of 64."""
 SHOWN = 3
 """Windows that fire, and as many silent ones, that an LLM is asked to edit."""
 PREFIX = 16
 """Tokens of real text before the place that is edited."""
-DONORS = 300
-"""Of other features' windows so many are searched for text that a rule matches, if the feature's own hold too little."""
+DONORS = 400
+"""Of other features' windows so many are searched for text that a rule matches."""
 SHARE_KEPT = 0.5
 """Of the words of a window at least so many have to come back, in order; else it was rewritten, not edited."""
 
@@ -47,7 +47,8 @@ class Passage:
 class Edit:
     """A text made from a real one of document `document_id`. expected: whether the feature should fire in it.
 
-    original: text that has to fire for the edit to say anything; None where the feature is known to be silent.
+    original: the text it was made from. The edit says something only if the feature does the opposite there, read alone;
+    None where that does not matter, because the place is of other text.
     """
 
     edited: Passage
@@ -59,10 +60,11 @@ class Edit:
 def rule_edits(rule: Rule, own: pl.DataFrame, others: pl.DataFrame) -> list[Edit]:
     """Edits that a rule makes by itself; none for one about whole contexts, and none it cannot make by what stands before.
 
-    own: windows of the feature, `others` of any feature, from which text that the rule matches is taken too. Silencing: in
-    a window that fires where the rule says so, one token is replaced so that the rule no longer does. Inserting: text that
-    the rule matches, whole words of it, ends a window in which the feature is silent. All end at the place in question, since a language model
-    sees nothing after it.
+    own: windows of the feature; others: of any feature. Silencing: in a window that fires where the rule says so, one token
+    is replaced so that the rule no longer does. Inserting: text that the rule matches, whole words of it, ends a window in
+    which the feature is silent; it is taken from wherever the rule matches, whether the feature fires there or not, since
+    text that is known to fire would prove nothing. All end at the place in question, since a language model sees nothing
+    after it.
     """
     if rule.unit == "context":
         return []
@@ -70,7 +72,9 @@ def rule_edits(rule: Rule, own: pl.DataFrame, others: pl.DataFrame) -> list[Edit
     if not len(silent):
         return []
     positive = own.filter(pl.col("kind") == "positive")
-    return [*_silencing(rule, positive, silent), *_inserting(rule, positive, silent, others)]
+    strange = others.filter(pl.col("feature") != own["feature"][0]).head(DONORS)
+    donors = [*_matched(rule, strange), *_matched(rule, own)]
+    return [*_silencing(rule, positive, silent), *_inserting(rule, silent, donors)]
 
 
 def _silencing(rule: Rule, positive: pl.DataFrame, silent: pl.DataFrame) -> Iterator[Edit]:
@@ -103,10 +107,10 @@ def _alike(token: str, spare: list[str], turn: int) -> list[str]:
     return [alike[(turn * 2 + i) % len(alike)] for i in range(min(2, len(alike)))]
 
 
-def _inserting(rule: Rule, positive: pl.DataFrame, silent: pl.DataFrame, others: pl.DataFrame) -> Iterator[Edit]:
+def _inserting(rule: Rule, silent: pl.DataFrame, donors: Iterable[list[str]]) -> Iterator[Edit]:
     hosts = silent.rows(named=True)
     made = 0
-    for tokens in _matched(rule, positive, others):
+    for tokens in donors:
         host = hosts[made % len(hosts)]
         before = host["texts"][:PREFIX]
         for length in range(_last_word(tokens), len(tokens) + 1):
@@ -123,16 +127,17 @@ def _last_word(tokens: list[str]) -> int:
     return next((n for n in range(1, len(tokens)) if tokens[-n][:1].isspace()), len(tokens))
 
 
-def _matched(rule: Rule, positive: pl.DataFrame, others: pl.DataFrame) -> Iterator[list[str]]:
-    """The ends of real text that a rule matches: where the feature fires, then wherever the rule does."""
-    for row in positive.iter_rows(named=True):
-        tokens = row["texts"][: row["focus"] + 1]
-        if rule.matches(tokens)[-1]:
-            yield tokens[-REACH - 1 :]
-    for texts in others["texts"].head(DONORS):
-        found = [i for i, hit in enumerate(rule.matches(texts)) if hit]
-        if found:
-            yield texts[max(0, found[0] - REACH) : found[0] + 1]
+def _matched(rule: Rule, windows: pl.DataFrame) -> list[list[str]]:
+    """Text that a rule matches at its end, of each window at most once: that of many documents first."""
+    turns: dict[str, int] = {}
+    found = []
+    for document, texts in windows.select("document_id", "texts").iter_rows():
+        hits = [i for i, hit in enumerate(rule.matches(texts)) if hit]
+        if hits:
+            at = hits[len(found) % len(hits)]  # of a window with several places not always the first
+            found.append((turns.setdefault(document, 0), texts[max(0, at - REACH) : at + 1]))
+            turns[document] += 1
+    return [tokens for _, tokens in sorted(found, key=lambda pair: pair[0])]
 
 
 def _passage(tokens: Sequence[str], last: int) -> Passage:
@@ -177,7 +182,7 @@ def read_edits(answer: Answer, label: Label, select: Windows[Literal["select"]])
         original = "".join(shown[name]["texts"])
         if _is_edit(original.split(), text.split()):
             fires = shown[name]["kind"] == "positive"
-            edits.append(Edit(Passage(text), not fires, shown[name]["document_id"], Passage(original) if fires else None))
+            edits.append(Edit(Passage(text), not fires, shown[name]["document_id"], Passage(original)))
     return edits
 
 

@@ -6,10 +6,12 @@ What belongs here: running predicted sentences and edited text, and the verdict.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import polars as pl
+from scipy import stats
 
 from scopeatlas.activations.probe import Probe
 from scopeatlas.hypotheses.labels import Label
@@ -19,12 +21,14 @@ from scopeatlas.labels.edits import Edit, Passage, edit_requests, read_edits, ru
 
 __all__ = ["Edit", "Falsification", "Passage", "edit_requests", "falsify", "read_edits"]
 
-MIN_TEXTS = 2
+MIN_TEXTS = 3
 """With fewer texts on which the feature should fire, a label counts as untested; with fewer on which it should be silent,
-they are no measure of how often it fires anyway."""
+they are no measure of how often it fires anyway: of 2 and 2, no outcome is significant."""
 MIN_FIRED = 0.5
 MIN_MARGIN = 0.25
 """By how much the share of positives that fire has to exceed that of negatives; of too few, chance stands in for it."""
+LEVEL = 0.05
+"""Of each test: how often chance alone may make a right label fail, or a wrong one hold."""
 MIN_CHANCE_TEXTS = 10
 """With fewer positives of other features, chance is unknown."""
 TEXTS_AT_A_TIME = 512
@@ -93,11 +97,17 @@ def falsify(
 
     A label predicts by its sentences, by the edits that its rule makes of select windows, and by those of `edits` (label id
     -> what `read_edits` gave). An edit that should silence the feature counts only if the text it was made from fires, read
-    by itself. A label fails if less than MIN_FIRED of its positives fire, or if they do not fire more often, by MIN_MARGIN,
-    than its negatives. Where it has fewer than MIN_TEXTS of these, chance takes their place: how often the feature fires on
-    the positives of other features, of labels tested in the same way (by a rule or in words). It is no bar where there are
-    negatives, since a feature of a common word fires in most sentences. With fewer than MIN_TEXTS positives a label is
-    untested.
+    by itself, and one that should make it fire only if that is silent.
+
+    A label fails if its texts rule out, at LEVEL each, that MIN_FIRED of its positives fire (one-sided bound of Clopper and
+    Pearson, 1934), or that they fire more often, by MIN_MARGIN, than its negatives (the exact unconditional test of Chan,
+    1998). It holds if MIN_FIRED of the positives did fire, and significantly more often than negatives did (Fisher's exact
+    test). All else is untested, as are fewer than MIN_TEXTS positives: too few texts to tell. By the bound a label fails if
+    none of six positives fires, or one of ten.
+
+    Where there are fewer than MIN_TEXTS negatives, chance takes their place: how often the feature fires on the positives of
+    other features, of labels tested in the same way (by a rule or in words). It is no bar where there are negatives, since a
+    feature of a common word fires in most sentences.
 
     Raises LeakError for windows of another split. Cost: one pass over all texts, however many labels share it.
     """
@@ -111,7 +121,7 @@ def falsify(
         _peaks_of([passages[p] if p else -1 for p in column], owner, peaks)
         for column in ([c.edit.edited for c in cases], [c.edit.original for c in cases])
     )
-    counts = [case.edit.original is None or bool(was > 0) for case, was in zip(cases, original, strict=True)]
+    counts = [c.edit.original is None or bool(was > 0) != c.edit.expected for c, was in zip(cases, original, strict=True)]
     rows = [_row(tested[c.label], c, float(p)) for c, p, kept in zip(cases, edited, counts, strict=True) if kept]
     table = pl.DataFrame(rows, schema=TESTS, orient="row")
     positives = [(tested[c.label], passages[c.edit.edited]) for c in cases if c.edit.expected]
@@ -206,6 +216,36 @@ def _verdicts(labels: Sequence[Label], table: pl.DataFrame, chances: Mapping[str
 def _verdict(positives: int, positives_fired: int, negatives: int, negatives_fired: int, chance: float | None) -> Verdict:
     if positives < MIN_TEXTS:
         return "untested"
-    share = positives_fired / positives
-    anyway = negatives_fired / negatives if negatives >= MIN_TEXTS else chance or 0.0
-    return "held" if share >= MIN_FIRED and share - anyway >= MIN_MARGIN else "failed"
+    most = _upper_bound(positives_fired, positives)
+    if negatives >= MIN_TEXTS:
+        failed = _p_of_less(positives_fired, positives, negatives_fired, negatives) <= LEVEL
+        table = [[positives_fired, positives - positives_fired], [negatives_fired, negatives - negatives_fired]]
+        p_more = float(stats.fisher_exact(table, alternative="greater")[1])  # pyright: ignore[reportArgumentType]
+    else:
+        failed = chance is not None and most < min(chance + MIN_MARGIN, 1.0)
+        p_more = 1.0 if chance is None else float(stats.binom.sf(positives_fired - 1, positives, chance))
+    if failed or most < MIN_FIRED:
+        return "failed"
+    return "held" if positives_fired >= MIN_FIRED * positives and p_more <= LEVEL + _ROUNDING else "untested"
+
+
+_ROUNDING = 1e-9
+"""Of three texts each, the best outcome is significant at LEVEL exactly."""
+
+
+def _upper_bound(fired: int, texts: int) -> float:
+    """The one-sided bound of Clopper and Pearson (1934): the highest share of which so few are likely at LEVEL."""
+    return 1.0 if fired == texts else float(stats.beta.ppf(1 - LEVEL, fired + 1, texts - fired))
+
+
+@cache
+def _p_of_less(positives_fired: int, positives: int, negatives_fired: int, negatives: int) -> float:
+    """How likely at most a difference between the two shares is no higher than the one found, where the true one is
+    MIN_MARGIN: the highest probability over the share of negatives that fire (Chan, Statistics in Medicine, 1998)."""
+    share = np.linspace(0, 1 - MIN_MARGIN, 151)
+    of_negatives = stats.binom.pmf(np.arange(negatives + 1)[:, None], negatives, share)
+    of_positives = stats.binom.pmf(np.arange(positives + 1)[:, None], positives, share + MIN_MARGIN)
+    # Differences times both counts are integers, so that equal ones are equal.
+    difference = np.arange(positives + 1)[:, None] * negatives - np.arange(negatives + 1) * positives
+    lower = (difference <= positives_fired * negatives - negatives_fired * positives).astype(np.float64)
+    return float(np.einsum("ps,pn,ns->s", of_positives, lower, of_negatives).max())

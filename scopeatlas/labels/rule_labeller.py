@@ -22,7 +22,7 @@ from scopeatlas.labels.rule_candidates import (
 )
 from scopeatlas.labels.rule_compositions import base_rules, compositions, rule_of
 
-RULES_VERSION = 5
+RULES_VERSION = 6
 """Raised when the same firings get other rules."""
 TOPIC_TILE = 2048
 CLAIMED_AT_ONCE = 512

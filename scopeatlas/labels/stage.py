@@ -184,9 +184,7 @@ def _make(run: LabelRun, stage: StageFolder, asking: Asking | None, features: Se
 
 def _refusing_dead(labels: Sequence[Label], refused: Mapping[int, Status]) -> list[Label]:
     """The same labels, with the refusal of every dead feature current: nothing that anybody says of it can be tested."""
-    return [
-        replace(label, current=label.status == "dead") if refused.get(label.feature) == "dead" else label for label in labels
-    ]
+    return [replace(label, current=label.status == "dead") if refused.get(label.feature) == "dead" else label for label in labels]
 
 
 def _rules(run: LabelRun, stage: StageFolder) -> list[Label]:

@@ -61,6 +61,15 @@ async def run_batch(
         return await _Provider(client, config, journal, stopped, log, folder).run(requests, rung)
 
 
+def under_way(config: ServerConfig, journal: Journal) -> Problems:
+    """The requests, by key, of batches at this server that have not ended, and why they are not to be sent another way."""
+    problems: Problems = {}
+    for plan in _unended(config, journal):
+        problem = f'batch {plan.batch or plan.name} goes on at {config.url}; set batch to "provider" to fetch it'
+        problems |= {key: problem for key in plan.keys if journal.open_sends(key)}
+    return problems
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +206,11 @@ class _Plan(BaseModel, frozen=True):
     ended: str = ""
 
 
+def _unended(config: ServerConfig, journal: Journal) -> list[_Plan]:
+    noted = [_Plan.model_validate(value) for value in journal.noted("batch").values()]
+    return [plan for plan in noted if not plan.ended and plan.url == config.url]
+
+
 class _Provider:
     """The Batch API of one server."""
 
@@ -209,7 +223,7 @@ class _Provider:
 
     async def run(self, requests: Mapping[str, ChatRequest], rung: Rung) -> Problems:
         """See `run_batch`."""
-        pending = [plan for plan in self._unended() if not requests.keys().isdisjoint(plan.keys)]
+        pending = [plan for plan in _unended(self._config, self._journal) if not requests.keys().isdisjoint(plan.keys)]
         pending = [plan for plan in [await self._find(plan) for plan in pending] if not plan.ended]
         waited_for = {key for plan in pending for key in plan.keys}
         problems: Problems = {}
@@ -221,10 +235,6 @@ class _Provider:
                     pending.append(await self._submit(plan, lines))
         problems |= await self._follow(pending)
         return {key: problems.get(key, STOPPED) for key in requests if self._journal.reply(key) is None}
-
-    def _unended(self) -> list[_Plan]:
-        noted = [_Plan.model_validate(value) for value in self._journal.noted("batch").values()]
-        return [plan for plan in noted if not plan.ended and plan.url == self._config.url]
 
     def _note(self, plan: _Plan) -> _Plan:
         self._journal.note("batch", plan.name, plan.model_dump(mode="json"))

@@ -28,7 +28,8 @@ class Journal(Ledger):
 
     Opening waits while another process holds the file, and says so. A line cut short by a crash can only be the last
     one: it is dropped then. What was sent without an end stays reserved, since it may have been billed. Raises
-    StoreError where the file cannot be written or is damaged before its last line.
+    StoreError where the file cannot be written or is damaged before its last line; `{}` in place of a damaged line keeps
+    every other answer, and reserved what was sent in it.
     """
 
     def __init__(self, path: Path, *, log: Log = silent):
@@ -63,7 +64,7 @@ class Journal(Ledger):
     def sent(self, request: ChatRequest, reservation: Reservation, *, model: str, attempt: int) -> Reservation:
         """Record that `request` is about to go out for the `attempt`th time; returns the reservation with its number."""
         with self.lock:
-            numbered = replace(reservation, send=len(self._costs))
+            numbered = replace(reservation, send=self._next_send)
             facts = {"sae": request.sae, "feature": request.feature, "model": model, "prompt": request.prompt}
             self._append({"state": "sent", "attempt": attempt, **facts, **asdict(numbered)})
             return numbered
@@ -161,7 +162,7 @@ def _replay(path: Path, ledger: Ledger) -> int:
         try:
             ledger.apply(json.loads(line))
         except (ValueError, LookupError, TypeError) as error:
-            message = f"line {number} of the journal {path} is damaged; delete that line and run again"
+            message = f"line {number} of the journal {path} is damaged; put {{}} in the place of that line and run again"
             raise StoreError(message) from error
         good += len(line)
     return good

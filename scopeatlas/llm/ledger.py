@@ -68,6 +68,8 @@ class Spent:
 
 
 _NOTHING = Spent()
+_UNKNOWN = "unknown"  # the purpose of an attempt that was sent in a missing event
+_MOST_MISSING = 1000  # attempts in a row whose lines are gone; a number beyond is itself the damage
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ class Entry:
 
 
 class Ledger:
-    """What was asked and answered so far; thread-safe. `apply` takes the events in the order in which they happened."""
+    """What was asked and answered so far; thread-safe. `apply` takes the events in the order in which they happened.
+
+    An event may be missing: an empty one, or nothing, stands in its place. An attempt that was sent in it, which gaps in
+    the numbers of attempts tell, stays reserved as if it were the largest of all, until its end is told; the rest is as
+    if it had not happened.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -91,6 +98,9 @@ class Ledger:
         self._open: dict[int, Reservation] = {}
         self._sends: dict[str, list[int]] = defaultdict(list)
         self._costs: list[Spent] = []
+        self._largest = _NOTHING  # of one attempt, open
+        self._vague: set[int] = set()  # attempts without an end that were sent in missing events
+        self._missing = 0  # empty events since the last attempt: each may have been another one
         self._totals: dict[str, Spent] = defaultdict(Spent)
         self._notes: dict[str, dict[str, JsonValue]] = defaultdict(dict)
 
@@ -127,12 +137,14 @@ class Ledger:
     def spent(self) -> Spent:
         """What everything so far cost."""
         with self.lock:
-            return sum(self._totals.values(), _NOTHING)
+            return sum(self.spent_by_purpose().values(), _NOTHING)
 
     def spent_by_purpose(self) -> dict[str, Spent]:
         """The same, told apart by what it was asked for."""
         with self.lock:
-            return dict(sorted(self._totals.items()))
+            reserved = [self._largest] * (len(self._vague) + self._missing)
+            unknown = sum(reserved, self._totals.get(_UNKNOWN, _NOTHING))
+            return dict(sorted({**self._totals, **({_UNKNOWN: unknown} if reserved else {})}.items()))
 
     def cost_of(self, keys: Iterable[str]) -> Spent:
         """What the requests with these keys cost, each once, every attempt at them included."""
@@ -143,6 +155,9 @@ class Ledger:
     def apply(self, event: dict[str, Any]) -> None:
         """Take one event in. Raises KeyError, TypeError or ValueError for what is no event, or ends what is not open."""
         with self.lock:
+            if not event and isinstance(event, dict):
+                self._missing += 1
+                return
             key, state = event["key"], event["state"]
             if state == "note":
                 self._notes[event["kind"]][key] = event["value"]
@@ -152,28 +167,63 @@ class Ledger:
             elif state == "received":
                 self._received(event)
             elif state == "failed":
-                self._book(self._open.pop(event["send"]), _NOTHING)
-            elif state == "invalid":
+                self._book(self._ended(event), _NOTHING)
+            elif state == "lost":
+                self._restore(event["send"] + 1)
+            elif state == "invalid" and key in self._entries:
                 self._entries[key] = replace(self._entries[key], invalid=event["problem"])
-            elif state != "lost":
+            elif state == "invalid":
+                return  # the line with its answer is gone
+            else:
                 raise ValueError(f"unknown state {state!r}")
             if key not in self._entries or state in ("received", "invalid"):
                 self._states[key] = state
 
     def _sent(self, event: dict[str, Any]) -> None:
         reservation = Reservation(**{name: event[name] for name in _RESERVATION})
-        if reservation.send != len(self._costs):
+        if reservation.send < len(self._costs):
             raise ValueError(f"attempt {reservation.send} is out of order")
+        self._restore(reservation.send)
+        self._missing = 0  # whichever of them was an attempt has its number before this one
         self._open[reservation.send] = reservation
         self._sends[reservation.key].append(reservation.send)
         self._costs.append(_NOTHING)
-        self._book(reservation, Spent(open_tokens=reservation.tokens, open_usd=reservation.usd or 0.0, open_requests=1))
+        cost = Spent(open_tokens=reservation.tokens, open_usd=reservation.usd or 0.0, open_requests=1)
+        most = self._largest
+        tokens, usd = max(most.open_tokens, cost.open_tokens), max(most.open_usd, cost.open_usd)
+        self._largest = replace(cost, open_tokens=tokens, open_usd=usd)
+        self._book(reservation, cost)
+
+    def _restore(self, sends: int) -> None:
+        """Take those attempts before number `sends` that are not known for sent in missing events."""
+        missing = max(0, sends - len(self._costs))
+        if missing > _MOST_MISSING:
+            raise ValueError(f"attempt {sends} is out of order")
+        for send in range(len(self._costs), sends):
+            self._open[send] = Reservation(send, "", _UNKNOWN, 0, 0, 0, None, False)
+            self._vague.add(send)
+            self._costs.append(_NOTHING)
+        self._missing = max(0, self._missing - missing)
+
+    def _ended(self, event: dict[str, Any]) -> Reservation:
+        """The attempt that an event ends, open no more."""
+        self._restore(event["send"] + 1)
+        reservation = self._open.pop(event["send"])
+        if reservation.send in self._vague:
+            self._vague.remove(reservation.send)
+            self._sends[event["key"]].append(reservation.send)
+        return reservation
+
+    @property
+    def _next_send(self) -> int:
+        """The number of the next attempt, which leaves room for those that missing events may have been."""
+        return len(self._costs) + self._missing
 
     def _received(self, event: dict[str, Any]) -> None:
         reply, charge = reply_from_json(event["reply"]), Charge(**event["charge"])
         entry = Entry(reply, event["rung"], event["time"], charge)
         tokens = (charge.prompt_tokens, charge.completion_tokens, charge.cached_tokens, event["open_tokens"])
-        self._book(self._open.pop(event["send"]), Spent(*tokens, charge.usd or 0.0, event["open_usd"], answers=1))
+        self._book(self._ended(event), Spent(*tokens, charge.usd or 0.0, event["open_usd"], answers=1))
         self._entries.setdefault(event["key"], entry)
 
     def _book(self, reservation: Reservation, now: Spent) -> None:

@@ -58,16 +58,21 @@ async def send_all(
 async def _ask_all(
     pending: Mapping[str, ChatRequest], config: ServerConfig, journal: Journal, stopped: asyncio.Event, log: Log
 ) -> Problems:
+    from scopeatlas.llm.batch import run_batch, under_way  # which sends directly, where there is no Batch API, by `send_all`
+
+    elsewhere = {} if config.batch == "provider" else under_way(config, journal)
+    problems = {key: elsewhere[key] for key in pending if key in elsewhere}
+    pending = {key: request for key, request in pending.items() if key not in elsewhere}
+    if not pending:
+        return problems
     async with Sender(config, journal, stopped=stopped) as sender:
         try:
             rung = await find_rung(sender, config, journal)
         except Unanswered as problem:
-            return dict.fromkeys(pending, str(problem))
+            return problems | dict.fromkeys(pending, str(problem))
         if config.batch == "off":
-            return await sender.answer_all(pending, rung, log=log)
-    from scopeatlas.llm.batch import run_batch  # which sends directly, where there is no Batch API, by `send_all`
-
-    return await run_batch(pending, config, journal, rung=rung, stopped=stopped, log=log)
+            return problems | await sender.answer_all(pending, rung, log=log)
+    return problems | await run_batch(pending, config, journal, rung=rung, stopped=stopped, log=log)
 
 
 def _answer(

@@ -103,8 +103,10 @@ def make_trials(
     for scorer, i in product(judges.scorers, range(len(labels))):
         label, judge = labels[i], _JUDGES[scorer]
         mine = by_feature.get(label.feature, windows.table.clear())
-        said: dict[Arm, str] = {"own": texts[i]} | ({"shuffled": texts[other[i]]} if other[i] != i else {})
-        claims = {arm: Claim(label.feature, label.label_id, said[arm]) for arm in judge.arms if arm in said}
+        said: dict[Arm, str] = {"own": texts[i]}
+        if other[i] != i:
+            said["shuffled"] = texts[other[i]]
+        claims: dict[Arm, Claim] = {arm: Claim(label.feature, label.label_id, said[arm]) for arm in judge.arms if arm in said}
         rounds = _rounds(judge, sae, claims, mine, seed) if _is_testable(mine, min_documents) else {}
         trial = Trial(label, mine, frozenset(triggers.get(label.feature, ())), rounds)
         trial.stops_early = judges.stop_early and judge.stops_early

@@ -12,7 +12,7 @@ import polars as pl
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.hypotheses.rules import Rule
-from scopeatlas.hypotheses.units import Firings, Units, claims, claims_at
+from scopeatlas.hypotheses.units import Firings, Units, claims, claims_at, is_among
 from scopeatlas.mining.windows import mark
 from scopeatlas.scoring.execution import TILE_LABELS
 from scopeatlas.scoring.places import of_rows, strata
@@ -87,7 +87,7 @@ def _false_alarms(units: Units, fires: Firings, rules: Sequence[Rule]) -> pl.Dat
     )
     claimed = claims_at(units, dict(enumerate(rules)), topic, place) if len(topics) else np.zeros(0, dtype=bool)
     size = len(units.split)
-    silent = ~np.isin(row * size + position, fires.feature.astype(np.int64) * size + fires.position)
+    silent = ~is_among(row * size + position, fires.packed(units))
     quiet = ~np.isin(topic * size + place // units.length, fires.feature.astype(np.int64) * size + fires.position // units.length)
     rows, places = np.r_[row[silent], topic[claimed & quiet]], np.r_[position[silent], place[claimed & quiet]]
     return pl.DataFrame({"row": rows, "position": places, "outcome": ["false_alarm"] * len(rows)}, _PLACES)
@@ -112,7 +112,7 @@ def _cut(units: Units, fires: Firings, labels: Sequence[Label], places: pl.DataF
         context, at = divmod(position, units.length)
         start, stop = max(0, at - BEFORE), min(units.length, at + AFTER)
         window = context * units.length + np.arange(start, stop)
-        marked = np.isin(row * size + window, packed)
+        marked = is_among(row * size + window, packed)
         if outcome == "false_alarm":
             marked = window == position
         label = labels[row]

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from scopeatlas.errors import NotReadyError, StoreError
 from scopeatlas.hypotheses.metrics import BOOTSTRAP_DRAWS, interval
+from scopeatlas.judges.rounds import WINDOWS_PER_REQUEST
 from scopeatlas.scoring.controls import REQUIRED
 from scopeatlas.scoring.table import MAIN_METRIC, Arm, Scorer, arm, own
 from scopeatlas.storage.files import read_json
@@ -29,7 +30,9 @@ SHOWN: dict[Scorer, tuple[str, ...]] = {
 }
 DISCOVERY_RATE = 0.05
 UNPAIRED = ("random_direction", "random_model")
-"""Arms whose rows may be of other labels: there means are compared, elsewhere the differences of the same label."""
+"""Arms whose rows are of other rules: there means are compared, elsewhere the differences of the same label."""
+SAMPLED = ("f1", "auprc")
+"""What depends on the share of positives, which is drawn where the unit is a window."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class Mean:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of one scorer beside one control. labels: that the own arm is the mean of."""
+    """One metric of one scorer beside one control. labels: that the own arm is the mean of. basis: on what, where that is
+    not everything at its natural rate."""
 
     scorer: Scorer
     metric: str
     control: Arm
     labels: int
+    basis: str
     own: Mean
     controlled: Mean
     lift: Mean
@@ -75,16 +80,35 @@ class ScorerSummary:
 
 
 @dataclass(frozen=True)
+class RandomDirections:
+    """What the rule labeller makes of random directions, and of the features that these are like: how many it labelled.
+    densities: lowest and highest of those features; None if unknown."""
+
+    directions: int
+    labelled: int
+    features: int
+    features_labelled: int
+    densities: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        spread = ", of density {:.1e} to {:.1e},".format(*self.densities) if self.densities else ""
+        return (
+            f"{self.labelled:,} of {self.directions:,} labelled by a rule, "
+            f"beside {self.features_labelled:,} of the {self.features:,} features{spread} that they are matched to"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """labelled of features have a current label; refusals: the others by reason. documents: of the corpus by split.
-    random_directions: how many random directions the rule labeller was run on, and how many it labelled all the same."""
+    random_directions: None where there are none."""
 
     features: int
     labelled: int
     methods: dict[str, int]
     refusals: dict[str, int]
     documents: dict[str, int]
-    random_directions: tuple[int, int] | None
+    random_directions: RandomDirections | None
     scorers: tuple[ScorerSummary, ...]
 
     def as_dict(self) -> dict[str, object]:
@@ -101,8 +125,7 @@ class Report:
             f"documents: {documents}",
         ]
         if self.random_directions:
-            tried, found = self.random_directions
-            lines.append(f"random directions of the same norm and density: {found:,} of {tried:,} labelled by a rule")
+            lines.append(f"random directions of the same norm and density: {self.random_directions}")
         else:
             lines.append("random directions of the same norm and density: not there")
         for summary in self.scorers:
@@ -118,44 +141,96 @@ def read_report(path: Path) -> Report:
         raise StoreError(f"{path} is no report of scores; delete it and score the labels again") from error
 
 
-def report(scores: pl.DataFrame, labels: pl.DataFrame, *, documents: Mapping[str, int]) -> Report:
-    """The report on a table of scores (SCORE_SCHEMA) and the labels it tests (LABEL_SCHEMA). documents: by split."""
+def report(
+    scores: pl.DataFrame,
+    labels: pl.DataFrame,
+    *,
+    documents: Mapping[str, int],
+    null_densities: tuple[float, float] | None = None,
+) -> Report:
+    """The report on a table of scores (SCORE_SCHEMA) and the labels it tests (LABEL_SCHEMA). documents: by split.
+    null_densities: the lowest and highest of the features that random directions are matched to."""
     current = labels.filter(pl.col("current"))
     labelled = current.filter(pl.col("status") == "ok")
     refused = current.join(labelled, on="feature", how="anti").unique("feature", keep="first", maintain_order=True)
-    nulls = arm(scores, "random_direction").filter(pl.col("scorer") == "rule_execution")
     return Report(
         features=labels["feature"].n_unique(),
         labelled=labelled["feature"].n_unique(),
         methods=_counts(labelled["method"]),
         refusals=_counts(refused["status"]),
         documents=dict(documents),
-        random_directions=(len(nulls), int((nulls["status"] != "not_applicable").sum())) if len(nulls) else None,
+        random_directions=_random_directions(scores, labels, null_densities),
         scorers=tuple(_summary(scores, scorer) for scorer in REQUIRED if (scores["scorer"] == scorer).any()),
     )
 
 
+def _random_directions(
+    scores: pl.DataFrame, labels: pl.DataFrame, densities: tuple[float, float] | None
+) -> RandomDirections | None:
+    nulls = arm(scores, "random_direction").filter(pl.col("scorer") == "rule_execution")
+    if nulls.is_empty():
+        return None
+    matched = nulls.select("feature").unique()
+    ruled = labels.filter((pl.col("method") == "rule") & (pl.col("status") == "ok")).select("feature").unique()
+    found = int((nulls["status"] != "not_applicable").sum())
+    return RandomDirections(len(nulls), found, len(matched), len(matched.join(ruled, on="feature")), densities)
+
+
 def compare(scores: pl.DataFrame, scorer: Scorer, metric: str) -> tuple[Comparison, ...]:
-    """A metric of a scorer beside every control that was run. Raises NotReadyError if one that it must have was not."""
+    """A metric of a scorer beside every control that was run, over the labels that have every control that they must have.
+
+    Where testing may stop early, of the main metric on the first round alone: a mean of estimates that were stopped when they
+    were high is too high. There is none of any other metric then. Raises NotReadyError if a control that it must have was
+    not run.
+    """
     missing = _missing(scores, scorer)
     if missing:
         raise NotReadyError(f"{metric} of {scorer} is not shown without its controls; score the labels again: no {missing} rows")
-    tested = scores.filter((pl.col("scorer") == scorer) & (pl.col("status") == "scored")).drop_nulls(metric)
-    mine = own(tested).select("feature", "label_id", own=metric)
+    tested = scores.filter((pl.col("scorer") == scorer) & (pl.col("status") == "scored"))
+    is_main, stops = metric == MAIN_METRIC[scorer], tested["first_round"].is_not_null().any()
+    if stops and not is_main:
+        return ()
+    column = "first_round" if stops else metric
+    mine = own(tested).select("feature", "label_id", "method", own=column)
+    for name in REQUIRED[scorer]:
+        mine = mine.join(arm(tested, name), on="label_id", how="semi")
+    mine, tested = mine.drop_nulls(), tested.drop_nulls(column)
     comparisons = []
-    for name in tested["arm"].unique().sort():
-        if name == "own":
-            continue
-        rows = tested.filter(pl.col("arm") == name).select("label_id", control=metric)
-        paired = mine.join(rows, on="label_id")
-        if len(paired):
-            values = paired["own"].to_numpy(), paired["control"].to_numpy()
-        elif name in UNPAIRED and len(mine) and len(rows):
-            values = mine["own"].to_numpy(), rows["control"].to_numpy()
+    for name in tested.filter(pl.col("arm") != "own")["arm"].unique().sort():
+        rows = arm(tested, name).select("label_id", "against", control=column)
+        basis = _bases(tested, metric, stops=stops)
+        if scorer == "rule_execution" and name in UNPAIRED:
+            beside = mine
+            if name == "random_direction":
+                matched = arm(scores, name).filter(pl.col("scorer") == scorer)
+                beside = mine.filter(pl.col("method") == "rule").join(matched, on="feature", how="semi")
+                basis.append("rules of the matched features")
+            values, paired = (beside["own"].to_numpy(), rows["control"].to_numpy()), False
         else:
-            continue
-        comparisons.append(Comparison(scorer, metric, name, len(values[0]), *_means(*values, paired=len(paired) > 0)))
+            pairs = mine.join(rows, on="label_id")
+            if rows["against"].is_not_null().any():  # not on the windows of the own row
+                if not is_main:
+                    continue
+                pairs = pairs.with_columns(own="against").drop_nulls("own")
+                basis.append("without windows drawn for a trigger token")
+            values, paired = (pairs["own"].to_numpy(), pairs["control"].to_numpy()), True
+        if len(values[0]) and len(values[1]):
+            means = _means(*values, paired=paired)
+            comparisons.append(Comparison(scorer, metric, name, len(values[0]), ", ".join(basis), *means))
     return tuple(comparisons)
+
+
+def _bases(tested: pl.DataFrame, metric: str, *, stops: bool) -> list[str]:
+    """What a metric rests on, where that is not everything at its natural rate. tested: the scored rows of one scorer."""
+    mine = own(tested)
+    if stops:
+        return [f"first round of about {WINDOWS_PER_REQUEST} windows"]
+    if metric not in SAMPLED or mine.is_empty() or mine["unit"][0] != "window":
+        return []
+    constant = arm(tested, "constant").drop_nulls("precision")  # which is the share of positives
+    shown = mine.select("positives", *(f"negatives_{kind}" for kind in ("random", "trigger", "neighbour"))).sum().row(0)
+    share = constant["precision"].mean() if len(constant) else shown[0] / max(sum(n or 0 for n in shown), 1)
+    return [f"at {100 * share:.0f} of 100 windows positive"]  # type: ignore[operator]
 
 
 def _means(mine: np.ndarray, control: np.ndarray, *, paired: bool) -> tuple[Mean, Mean, Mean]:
@@ -219,7 +294,9 @@ def _scorer_lines(summary: ScorerSummary) -> list[str]:
         lines.append(f"  no metric is shown: no {', '.join(summary.missing)} beside it")
     for found in summary.comparisons:
         beside = f"{found.control} {found.controlled}, lift {found.lift}"
-        lines.append(f"  {found.metric} {found.own} beside {beside} ({found.labels:,} labels)")
+        basis = f" ({found.basis})" if found.basis else ""
+        drawn = f"means of {found.labels:,} labels, 95 % intervals over labels"
+        lines.append(f"  {found.metric}{basis} {found.own} beside {beside} ({drawn})")
     if summary.tokens:
         cost = f" ({summary.usd:.2f} usd)" if summary.usd is not None else ""
         lines.append(f"  spent: {summary.tokens:,} tokens{cost}")

@@ -48,7 +48,8 @@ def retrieve(
     for i, label in enumerate(labels):
         mine = by_feature.get(label.feature, windows.table.clear())
         said: dict[Arm, str] = {"own": texts[i], "trigger_tokens": triggers[i]}
-        said |= {"shuffled": texts[other[i]]} if other[i] != i else {}
+        if other[i] != i:
+            said["shuffled"] = texts[other[i]]
         shown = np.array([vectors[text] for text in spelled.get(label.feature, [])])
         claims: dict[Arm, np.ndarray] = {arm: vectors[text] for arm, text in said.items()}
         rows += _rows(label, mine, shown, claims, min_documents=min_documents, seed=seed)
@@ -70,7 +71,7 @@ def _rows(
     }
     if sample.documents < min_documents or sample.truth.all():
         return [named | {"arm": arm, "status": "too_few_documents"} for arm in ("own", "shuffled", "trigger_tokens")]
-    scores = {arm: shown @ vector for arm, vector in claims.items()}
+    scores: dict[Arm, np.ndarray] = {arm: shown @ vector for arm, vector in claims.items()}
     own = measure_ranking(sample, scores["own"], seed=seed)
     rows = [named | {"arm": "own", "status": "scored"} | own.cells]
     if "shuffled" in scores:

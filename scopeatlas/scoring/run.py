@@ -19,6 +19,7 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import ConfigError
+from scopeatlas.hypotheses.counts import firing_counts
 from scopeatlas.hypotheses.labels import Label, labels_of
 from scopeatlas.hypotheses.neighbours import Neighbours, nearest_features
 from scopeatlas.hypotheses.nulls import null_firings
@@ -46,7 +47,8 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """What is tested how. A rule is always executed; every other scorer tests the labels of some features.
+    """What is tested how. A rule is always executed, and its text put before no judge; every other scorer tests the labels of
+    some features.
 
     min_report_documents: a label whose feature fires in fewer report documents is refused. judge: the LLM that reads text
     labels, second_judge another that reads some of them too, each off unless it names a model. scorers: what the judge is
@@ -61,7 +63,7 @@ class ScoreSettings:
     judge: ServerConfig = field(default_factory=ServerConfig)
     second_judge: ServerConfig = field(default_factory=ServerConfig)
     scorers: tuple[Scorer, ...] = ("detection", "fuzzing", "intruder")
-    judged_features: int = 100
+    judged_features: int = 1000
     retrieved_features: int = 0
     steered_features: int = 0
     positives: int = 50
@@ -80,7 +82,11 @@ class ScoreSettings:
     def identity(self) -> list[object]:
         """What of the settings determines scores; neither prices nor limits do."""
         drawn = [self.positives, self.random, self.trigger, self.neighbour, self.seed]
-        models = [[config.model, config.temperature] for config in (self.judge, self.second_judge) if config.enabled]
+        models = [
+            [config.model, config.temperature, config.reasoning_tokens]
+            for config in (self.judge, self.second_judge)
+            if config.enabled
+        ]
         judged = [models, self.scorers, self.judged_features, self.stop_early, judge_prompts()] if self.judge.enabled else []
         retrieved = [self.retrieved_features, self.embedder] if self.retrieved_features else []
         return [self.min_report_documents, drawn, judged, retrieved, self.steered_features, self.random_model]
@@ -122,6 +128,11 @@ class ScoreRun:
     @cached_property
     def neighbours(self) -> Neighbours:
         return nearest_features(self.dictionary, self.firings, self.units)
+
+    @cached_property
+    def nulls(self) -> Firings | None:
+        """The firings of random directions; None where none were encoded."""
+        return null_firings(self.store, self.corpus, self.entry, self.subject, self.units)
 
     def documents(self) -> dict[str, int]:
         """Documents of the corpus, by split."""
@@ -174,16 +185,23 @@ class ScoreRun:
 
     def random_directions(self, labels: LabelSettings) -> list[dict[str, Cell]]:
         """What the rule labeller explains of random directions; nothing where none were encoded."""
-        nulls = null_firings(self.store, self.corpus, self.entry, self.subject, self.units)
-        if nulls is None:
+        if self.nulls is None:
             return []
         matched = null_matches(self.store, self.corpus, self.entry, self.subject)
         bar, seed = self.settings.min_report_documents, self.settings.seed
-        return random_direction_rows(self.units, nulls, matched, rules=labels.rules, min_documents=bar, seed=seed)
+        return random_direction_rows(self.units, self.nulls, matched, rules=labels.rules, min_documents=bar, seed=seed)
+
+    def null_densities(self) -> tuple[float, float] | None:
+        """The lowest and highest density, on explain and select documents, of the features that random directions match."""
+        if self.nulls is None:
+            return None
+        matched = null_matches(self.store, self.corpus, self.entry, self.subject)
+        density = firing_counts(self.units, self.firings)["density"].to_numpy()[matched]
+        return float(density.min()), float(density.max())
 
     def to_judge(self) -> list[Label]:
-        """The labels that the judge is asked about."""
-        return self.sampled(self.settings.judged_features, of=_text)
+        """The labels that the judge is asked about: those of text alone, since a rule can be run."""
+        return self.sampled(self.settings.judged_features, of=lambda label: "" if label.rule else _text(label))
 
     def questions(self) -> list[ChatRequest]:
         """Everything that the judge would be asked if nothing stopped early."""

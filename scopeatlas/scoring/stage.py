@@ -29,7 +29,7 @@ from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 _UNFINISHED = "unfinished.json"
 """By the identity of a generation, that of what there is of it so far."""
 
@@ -100,7 +100,12 @@ def score_labels(
             unanswered = len({one.answer.key for one in asking.heard} - set(answered))
     table = with_q_values(score_table(rows))
     made = ShardKey("scores", content_hash(key.identity, answered)) if unanswered else key
-    found = LabelScores(table, pl.concat(outcomes), report(table, label_rows, documents=run.documents()), made)
+    found = LabelScores(
+        table,
+        pl.concat(outcomes),
+        report(table, label_rows, documents=run.documents(), null_densities=run.null_densities()),
+        made,
+    )
     if not stage.is_done(made):
         _commit(stage, found)
     log(f"label scores: {len(found.scored):,} tests of {found.scored['label_id'].n_unique():,} labels on report documents")

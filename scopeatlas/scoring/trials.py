@@ -4,7 +4,7 @@ What belongs here: from answered rounds to cells. What does not: who is asked wh
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
@@ -14,19 +14,24 @@ from scopeatlas.hypotheses.metrics import cohens_kappa
 from scopeatlas.judges import intruder
 from scopeatlas.judges.rounds import Claim, Round
 from scopeatlas.llm.requests import Answer, Charge
+from scopeatlas.scoring.controls import NO_PARTNER, REQUIRED
 from scopeatlas.scoring.measured import (
+    NO_FAIR_WINDOWS,
     Measured,
     Sample,
+    accuracy_at,
     lift_cells,
     measure_claims,
     measure_correlation,
     sample_of,
 )
 from scopeatlas.scoring.sequential import Decision, decide
-from scopeatlas.scoring.table import Arm, Cell, Scorer
+from scopeatlas.scoring.table import MAIN_METRIC, Arm, Cell, Scorer
 
 Verdicts = list[float] | list[list[float]]
 """Of one round: a number per window shown or, by simulation, one per token of each."""
+Measure = Callable[[np.ndarray, np.ndarray], Measured]
+"""Of an arm's numbers and the windows that count, bool [windows]."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Trial:
     """One label before one judge. windows: of its feature. triggers: the texts of its feature's trigger tokens. rounds: per
     asked arm, of the same windows; none where there is too little to test on. answers: of the rounds played so far.
     problem: why there is no score. applies: whether the judge can be asked this. stops_early: whether it may, and decision:
-    why it did."""
+    why it did, or what is known once all rounds are played."""
 
     label: Label
     windows: pl.DataFrame
@@ -99,7 +104,7 @@ class Trial:
             return
         sample, used_up = sample_shown(self, judge), self.played == len(self.rounds["own"])
         decision = decide(sample.document, sample.truth, _flat(self.answers["own"]), used_up=used_up)
-        if decision.stop and not used_up:
+        if decision.stop:
             self.decision = decision
 
 
@@ -133,11 +138,17 @@ def trial_rows(trial: Trial, judge: Judge, *, names: tuple[str, str], seed: int)
         named | sample.cells() | {"arm": arm, "status": "scored"} | found.cells | _cost(trial.charges.get(arm, []))
         for arm, found in measured.items()
     ]
-    control = measured["shuffled"] if "shuffled" in measured else measured["constant"]
-    looks = len(trial.rounds["own"]) if trial.stops_early else 1
-    rows[0] |= lift_cells(measured["own"], control, documents=sample.documents, looks=looks) | {"note": f"judged by {names[0]}"}
+    rows[0] |= {"note": f"judged by {names[0]}"}
     if trial.decision is not None:
         rows[0] |= _stopped(trial, trial.decision, names[0])
+    control = measured.get("shuffled" if "shuffled" in judge.arms else "constant")
+    if control is None:
+        rows.append(named | {"arm": "shuffled"} | NO_PARTNER)
+    else:
+        looks = len(trial.rounds["own"]) if trial.stops_early else 1
+        rows[0] |= lift_cells(measured["own"], control, documents=sample.documents, looks=looks)
+    if "trigger_tokens" in REQUIRED[judge.scorer] and "trigger_tokens" not in measured:
+        rows.append(named | {"arm": "trigger_tokens"} | NO_FAIR_WINDOWS)
     if "second_judge" in measured and judge.scorer != "simulation":
         one, other = (_flat(trial.answers[arm]) >= 0.5 for arm in ("own", "second_judge"))
         agreement = f"judged by {names[1]}; agrees with {names[0]} at kappa {cohens_kappa(one, other):.2f}"
@@ -154,35 +165,70 @@ def _unscored(trial: Trial) -> dict[str, Cell]:
 
 
 def _measured(trial: Trial, judge: Judge, sample: Sample, *, seed: int) -> dict[Arm, Measured]:
-    """Every arm on what the own one was tested on; the second judge's only if it answered all of that."""
-    answers: dict[Arm, list[Verdicts]] = {
-        arm: given[: trial.played] for arm, given in trial.answers.items() if len(given) >= trial.played
-    }
+    """Every arm on what the own one was tested on; trigger tokens, and the own arm beside them, without the windows that were
+    drawn because they hold one; the second judge's only if it answered all of that."""
+    verdicts, measure = (_simulated if judge.scorer == "simulation" else _claimed)(trial, judge, sample, seed)
+    every, fair = np.ones(len(sample.truth), dtype=bool), sample.fair_to_triggers
+    measured: dict[Arm, Measured] = {arm: measure(said, every) for arm, said in verdicts.items() if arm != "trigger_tokens"}
+    main = MAIN_METRIC[judge.scorer]
+    if "trigger_tokens" in verdicts and not sample.truth[fair].all():
+        found, against = (measure(verdicts[arm], fair) for arm in ("trigger_tokens", "own"))
+        cells = sample.at(fair).cells() | found.cells | {"against": against.cells[main]}
+        measured["trigger_tokens"] = replace(found, cells=cells)
+    if not trial.stops_early:
+        return measured
+    first = np.arange(len(sample.truth)) < len(trial.rounds["own"][0].rows)
+    for arm, found in measured.items():
+        units = first & fair if arm == "trigger_tokens" else first
+        cells = found.cells | {"first_round": accuracy_at(sample, verdicts[arm], units)}
+        cells |= {"against": accuracy_at(sample, verdicts["own"], units)} if arm == "trigger_tokens" else {}
+        measured[arm] = replace(found, cells=cells)
+    return measured
+
+
+def _answers(trial: Trial) -> dict[Arm, list[Verdicts]]:
+    """Of the rounds that were played, by each arm that has answered all of them."""
+    return {arm: given[: trial.played] for arm, given in trial.answers.items() if len(given) >= trial.played}
+
+
+def _simulated(trial: Trial, judge: Judge, sample: Sample, seed: int) -> tuple[dict[Arm, np.ndarray], Measure]:
+    """The activation that each arm gives every token, and how it is measured on some windows."""
     texts = [trial.windows["texts"][row].to_list() for row in trial.rows_shown()]
-    if judge.scorer == "simulation":
-        real = np.concatenate([trial.windows["activations"][row].to_numpy() for row in trial.rows_shown()])
-        document = np.repeat(sample.document, [len(window) for window in texts])
-        predicted: dict[Arm, np.ndarray] = {
-            arm: np.concatenate([np.array(of) for one in given for of in one]) for arm, given in answers.items()
-        }
-        predicted["trigger_tokens"] = np.array([float(token in trial.triggers) for window in texts for token in window])
-        return {arm: measure_correlation(values, real, document, seed=seed) for arm, values in predicted.items()}
-    verdicts: dict[Arm, np.ndarray] = {arm: _flat(given) for arm, given in answers.items()}
+    lengths = [len(window) for window in texts]
+    real = np.concatenate([trial.windows["activations"][row].to_numpy() for row in trial.rows_shown()])
+    document = np.repeat(sample.document, lengths)
+    predicted: dict[Arm, np.ndarray] = {
+        arm: np.concatenate([np.array(of) for one in given for of in one]) for arm, given in _answers(trial).items()
+    }
+    predicted["trigger_tokens"] = np.array([float(token in trial.triggers) for window in texts for token in window])
+
+    def measure(values: np.ndarray, windows: np.ndarray) -> Measured:
+        tokens = np.repeat(windows, lengths)
+        return measure_correlation(values[tokens], real[tokens], document[tokens], seed=seed)
+
+    return predicted, measure
+
+
+def _claimed(trial: Trial, judge: Judge, sample: Sample, seed: int) -> tuple[dict[Arm, np.ndarray], Measure]:
+    """The verdict of each arm on every window, and how it is measured on some of them."""
+    verdicts: dict[Arm, np.ndarray] = {arm: _flat(given) for arm, given in _answers(trial).items()}
     verdicts["constant"] = np.ones(len(sample.truth))
     if judge.scorer == "intruder":  # always the first of a set
         verdicts["constant"] = (np.arange(len(sample.truth)) % intruder.SET == 0).astype(np.float64)
     if judge.scorer == "detection":
+        texts = [trial.windows["texts"][row].to_list() for row in trial.rows_shown()]
         verdicts["trigger_tokens"] = np.array([float(not trial.triggers.isdisjoint(window)) for window in texts])
-    return {arm: measure_claims(sample, values, seed=seed) for arm, values in verdicts.items()}
+    return verdicts, lambda values, windows: measure_claims(sample.at(windows), values[windows], seed=seed)
 
 
 def _stopped(trial: Trial, decision: Decision, name: str) -> dict[str, Cell]:
-    """What changes where testing stopped early: bounds that hold whenever one stops."""
-    rounds, reason = f"{trial.played} of {len(trial.rounds['own'])} rounds", decision.reason.replace("_", " ")
+    """What changes where testing may stop early, whether it did or not: bounds that hold whenever one stops."""
+    rounds, reason = len(trial.rounds["own"]), decision.reason.replace("_", " ")
+    when = f"stopped after {trial.played} of {rounds} rounds ({reason})" if trial.played < rounds else f"all {rounds} rounds"
     return {
         "balanced_accuracy_low": decision.low,
         "balanced_accuracy_high": decision.high,
-        "note": f"judged by {name}; stopped after {rounds} ({reason}), its interval is a confidence sequence over documents",
+        "note": f"judged by {name}; {when}, its interval is a confidence sequence over documents",
     }
 
 

@@ -145,6 +145,34 @@ def test_random_contexts_are_those_in_which_the_feature_never_fires(windows, den
     assert all(not dense[row["feature"], row["context"]].any() for row in rows_of(windows, "random"))
 
 
+def test_negatives_of_contexts_that_fire_share_nothing_with_a_positive_window(units, firings, neighbours):
+    windows = draw_windows(
+        units, firings, range(firings.width), split="explain", neighbours=neighbours, trigger=90, neighbour=90, width=6
+    )
+    taken: dict[tuple[int, int], list[range]] = {}
+    for row in rows_of(windows, "positive"):
+        taken.setdefault((row["feature"], row["context"]), []).append(range(row["start"], row["start"] + len(row["texts"])))
+    beside = 0
+    for row in (row for kind in ("trigger", "neighbour") for row in rows_of(windows, kind)):
+        mine = set(range(row["start"], row["start"] + len(row["texts"])))
+        near = taken.get((row["feature"], row["context"]), [])
+        beside += len(near)
+        assert not any(mine & set(other) for other in near)
+    assert beside, "none stands in a context that has a positive window: nothing was tried"
+
+
+def test_trigger_windows_are_of_contexts_that_are_silent_throughout_as_far_as_there_are_any(windows, units, firings, dense):
+    keys = units.column("token")[0].reshape(units.contexts, units.length)
+    triggers = trigger_tokens(units, firings, range(firings.width))
+    contexts = members(units, windows.split)
+    for feature in range(FEATURES):
+        liked = triggers.filter(pl.col("feature") == feature)["key"].to_numpy()
+        silent = ~dense[feature, contexts].any(axis=1) & np.isin(keys[contexts], liked).any(axis=1)
+        mine = windows.of(feature).filter(pl.col("kind") == "trigger")["context"].to_numpy()
+        used = sum(not dense[feature, context].any() for context in mine)
+        assert used == min(TRIGGER, silent.sum()), feature
+
+
 def test_a_trigger_window_holds_one_of_the_most_frequent_firing_tokens_of_explain(windows, units, firings):
     keys, texts = units.column("token")
     in_explain = units.in_split("explain")

@@ -8,7 +8,17 @@ from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.hypotheses.columns import COLUMNS
 from scopeatlas.hypotheses.rules import PAIR, Rule, RuleKind
 from scopeatlas.hypotheses.surface import ZONES, in_zone, shape_of, spelling_of
-from scopeatlas.hypotheses.units import Firings, Units, claims, claims_at, document_counts, key_hits, key_totals, read_firings
+from scopeatlas.hypotheses.units import (
+    Firings,
+    Units,
+    claims,
+    claims_at,
+    count_keys,
+    document_counts,
+    key_hits,
+    key_totals,
+    read_firings,
+)
 from scopeatlas.subject.vocabulary import token_texts
 
 ALL_KINDS = get_args(RuleKind)
@@ -206,6 +216,38 @@ def test_hits_and_totals_of_keys_equal_counting(units, plain, firings):
         assert claims == {text: totals[text] for text in claims}
 
 
+def test_counts_of_keys_are_the_same_however_few_places_are_counted_at_once(units, firings, rng, monkeypatch):
+    def counted(column: str) -> list[list[tuple]]:
+        keys = units.keys_at(column, firings.position)
+        tables = [
+            count_keys(firings.feature % 5, keys, hits=fires),
+            count_keys(firings.feature, keys),
+            key_hits(units, firings, column),
+            key_hits(units, firings, column, least=2),
+            key_totals(units, "explain", column),
+        ]
+        return [sorted(table.rows()) for table in tables]
+
+    fires = rng.random(len(firings.feature)) < 0.5
+    shuffled = rng.permutation(len(firings.feature))
+    firings = Firings(firings.feature[shuffled], firings.position[shuffled], WIDTH + 3, value=firings.value[shuffled])
+    columns = ("token", "near")
+    whole = [counted(column) for column in columns]
+    assert all(table for tables in whole for table in tables)
+    assert all(row[2] >= 2 for tables in whole for row in tables[3])
+    assert all({row for row in tables[2] if row[2] >= 2} == set(tables[3]) for tables in whole)
+    for at_once in (1000, int(rng.integers(50, 500))):
+        monkeypatch.setattr("scopeatlas.hypotheses.units.COUNTED_AT_ONCE", at_once)
+        assert [counted(column) for column in columns] == whole
+
+
+def test_no_firings_have_no_hits(units):
+    nothing = Firings(np.zeros(0, np.uint32), np.zeros(0, np.int64), 4, value=np.zeros(0, np.float32))
+    assert key_hits(units, nothing, "near").is_empty()
+    table = count_keys(np.zeros(0, np.int64), np.zeros((0, 1), np.int32), hits=np.zeros(0, bool))
+    assert table.is_empty() and table.columns == ["group", "key", "count", "hits"]
+
+
 def test_the_positions_that_rules_claim_are_those_that_they_match(units, plain, rng):
     rules = [rule for rule in random_rules(units, plain, rng).values() if rule.unit == "token"]
     row, position = claims(units, rules, "select")
@@ -238,15 +280,17 @@ def test_a_context_is_spelled_as_it_was_tokenised(units, plain):
         assert units.text_of(number, 2, 5) == tokens[1:4]
 
 
-def test_topic_words_are_content_words_of_several_documents(units, plain):
+def test_topic_words_are_content_words_of_several_explain_documents(units, plain):
     held, words = units.topic_words
     documents: dict[str, set[str]] = {}
     contexts: Counter[str] = Counter()
-    for document, _, tokens in plain:
+    explain = [(document, tokens) for document, split, tokens in plain if split == "explain"]
+    for document, tokens in explain:
         for word in {t.strip().casefold() for t in tokens}:
             documents.setdefault(word, set()).add(document)
             contexts[word] += 1
-    expected = {w for w in contexts if w.isalpha() and len(w) >= 3 and len(documents[w]) >= 3 and contexts[w] <= 0.2 * len(plain)}
+    common = {w for w in contexts if contexts[w] > 0.2 * len(explain)}
+    expected = {w for w in contexts.keys() - common if w.isalpha() and len(w) >= 3 and len(documents[w]) >= 3}
     assert set(words) == expected
     for number in range(0, len(plain), 23):
         present = {t.strip().casefold() for t in plain[number][2]} & expected

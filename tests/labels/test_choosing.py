@@ -3,16 +3,19 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MethodType
 
 import numpy as np
 import polars as pl
 import pytest
 
 from scopeatlas.errors import LeakError
+from scopeatlas.hypotheses.columns import KeyColumns
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.hypotheses.rules import Rule
 from scopeatlas.hypotheses.samples import draw_windows
-from scopeatlas.labels.choosing import Trial, choose, executed, select_windows, trial
+from scopeatlas.hypotheses.units import Units
+from scopeatlas.labels.choosing import Trial, _claims, choose, executed, select_windows, trial
 from tests.planted import DEAD, EXACT, RARE, SUFFIX, TOPIC, WORDS
 
 RULE = Label(0, "rule", "ok", "the", "the token", rule=Rule("token", (" the",)).to_json(), version="rule:1", select_score=0.9)
@@ -120,6 +123,23 @@ def test_rules_that_were_planted_do_well_on_select_windows_and_others_do_not(min
     assert good[right[0].label_id].balanced_accuracy == 1
     pairs = zip(right, wrong, strict=True)  # of a feature; some negatives hold the very word, silent, so that none is perfect
     assert all(good[a.label_id].balanced_accuracy > bad[b.label_id].balanced_accuracy + 0.2 for a, b in pairs)
+
+
+def test_a_position_rule_counts_a_templates_tokens_as_its_key_column_does(mined):
+    """In contexts whose first three tokens behind BOS do not count, the first that does is the fourth."""
+    units = mined.units
+    flat = units.column("token")[0].reshape(units.contexts, units.length).copy()
+    flat[:, :4] = -1
+    chat = KeyColumns(flat.ravel(), units.texts, contexts=units.contexts, length=units.length)
+    chat.counted = units.counted & (flat.ravel() >= 0)  # pyright: ignore[reportAttributeAccessIssue]
+    chat.text_of = MethodType(Units.text_of, chat)  # pyright: ignore[reportAttributeAccessIssue]
+    keys, texts = chat.column("position")
+    for place in ("1", "4", "7"):
+        rule = Rule("position", (place,))
+        for context in (0, 5):
+            column = keys[context * units.length : (context + 1) * units.length] == texts.index(place)
+            read = [_claims(chat, rule, context, start, 1) for start in range(4, units.length)]  # pyright: ignore[reportArgumentType]
+            assert read == column[4:].tolist() and any(read) == (place != "1")
 
 
 def test_a_topic_rule_is_run_on_the_whole_context_of_a_window(mined):

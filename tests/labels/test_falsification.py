@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 import pytest
+from scipy import stats
 
 from scopeatlas.activations.cache import cache_activations
 from scopeatlas.activations.probe import Probe
@@ -15,8 +16,8 @@ from scopeatlas.hypotheses.labels import Label
 from scopeatlas.hypotheses.rules import REACH, Rule
 from scopeatlas.hypotheses.samples import Windows, draw_windows
 from scopeatlas.hypotheses.units import Firings, Units, read_firings
-from scopeatlas.labels.edits import PREFIX, PROMPT, SHOWN, Edit, Passage, edit_requests, read_edits, rule_edits
-from scopeatlas.labels.falsification import falsify
+from scopeatlas.labels.edits import EDITS, PREFIX, PROMPT, SHOWN, Edit, Passage, edit_requests, read_edits, rule_edits
+from scopeatlas.labels.falsification import _verdict, falsify
 from scopeatlas.llm.replies import InvalidReply
 from scopeatlas.llm.requests import Answer, ChatReply
 from scopeatlas.storage.store import Store
@@ -132,13 +133,59 @@ def test_a_composition_takes_with_it_all_that_it_needs():
 
 
 def test_a_rule_that_matches_none_of_its_own_windows_takes_text_from_those_of_others():
-    others = windows_of(("positive", ["It", " was", " cold"], 0))
+    others = windows_of(("positive", ["It", " was", " cold"], 0)).with_columns(feature=pl.lit(1))
     (inserting,) = rule_edits(Rule("token", (" cold",)), BY_HAND, others)
     assert inserting.edited.text == "A small boat with Red sails cold" and inserting.expected
 
 
+def test_what_is_inserted_is_of_many_documents_and_not_chosen_because_the_feature_fires_there():
+    """Its own windows, in which it fires on what the rule matches, come after those of other features."""
+    strange = [(f"d{i // 4}", ["It", " was", f" so{i}", " Geneva"]) for i in range(12)]
+    rows = [{"feature": 1, "kind": "positive", "document_id": d, "texts": t, "focus": 0} for d, t in strange]
+    others = pl.concat([BY_HAND, pl.DataFrame(rows)], how="diagonal_relaxed")
+    inserted = [edit.edited.text for edit in rule_edits(Rule("token", (" Geneva",)), BY_HAND, others) if edit.expected]
+    hosts = "A small boat with Red sails"
+    assert inserted == [f"{hosts} Geneva"] * EDITS
+    before = Rule("and", parts=(Rule("near", ("was",)), Rule("token", (" Geneva",))))
+    inserted = [edit.edited.text for edit in rule_edits(before, BY_HAND, others) if edit.expected]
+    assert inserted == [f"{hosts} was so{i} Geneva" for i in (0, 4, 8, 1, 5, 9)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ((6, 0, 6, 0), "failed"),  # 0.5 ** 6 of right labels
+        ((5, 0, 0, 0), "failed"),
+        ((4, 0, 4, 0), "untested"),  # 0.5 ** 4 is more than one in twenty
+        ((2, 0, 2, 2), "untested"),
+        ((6, 1, 6, 1), "untested"),
+        ((10, 1, 10, 0), "failed"),
+        ((3, 3, 3, 0), "held"),
+        ((6, 6, 6, 1), "held"),
+        ((6, 6, 6, 6), "untested"),
+        ((4, 0, 4, 4), "failed"),  # fires where it should not
+        ((40, 40, 40, 40), "failed"),  # fires everywhere
+        ((40, 12, 40, 0), "failed"),
+        ((40, 18, 40, 0), "untested"),  # a little less than half, perhaps half
+    ],
+)
+def test_a_verdict_needs_more_than_chance(counts, verdict):
+    assert _verdict(*counts, None) == verdict
+
+
+def test_a_label_at_the_border_is_demoted_by_each_test_in_one_case_of_twenty_at_most():
+    for positives, negatives in ((3, 3), (6, 6), (12, 7)):
+        for share in (0.25, 0.4, 0.5):
+            chance = 0.0
+            for fired in range(positives + 1):
+                for anyway in range(negatives + 1):
+                    p = stats.binom.pmf(fired, positives, share + 0.25) * stats.binom.pmf(anyway, negatives, share)
+                    chance += p * (_verdict(positives, fired, negatives, anyway, None) == "failed")
+            assert chance <= 2 * 0.05
+
+
 def test_a_piece_of_a_word_is_inserted_with_the_word_it_ends():
-    others = windows_of(("positive", ["In", " ", "1", "9", "0"], 0))
+    others = windows_of(("positive", ["In", " ", "1", "9", "0"], 0)).with_columns(feature=pl.lit(1))
     (inserting,) = rule_edits(Rule("token", ("0",)), BY_HAND, others)
     assert inserting.edited == Passage("A small boat with Red sails 190", len("A small boat with Red sails 19"))
 
@@ -152,9 +199,10 @@ def test_what_depends_on_more_than_the_tokens_before_is_left_alone(rule):
 def test_right_rules_hold_and_those_of_other_features_are_demoted(demo):
     right, wrong = demo.labels(demo.rules), demo.labels(shuffled(demo.rules))
     found = falsify([*right, *wrong], demo.select, demo.probe, edits={})
-    assert found.demoted >= {label.label_id for label in wrong}
-    held = found.verdicts.filter(pl.col("verdict") == "held")["label_id"].to_list()
-    assert len({label.label_id for label in right} & set(held)) >= 0.9 * len(right)
+    by_verdict = {row["label_id"]: row["verdict"] for row in found.verdicts.iter_rows(named=True)}
+    of_wrong, of_right = ([by_verdict[label.label_id] for label in labels] for labels in (wrong, right))
+    assert of_wrong.count("failed") >= 0.8 * len(wrong) and "held" not in of_wrong
+    assert of_right.count("held") >= 0.8 * len(right) and "failed" not in of_right
 
 
 @pytest.mark.slow
@@ -200,7 +248,9 @@ def test_predicted_sentences_decide_a_claim_in_words(demo, sentences):
     right = [text_label(demo, f, positive, negative) for f, (positive, negative) in sentences.items()]
     wrong = [text_label(demo, f, negative, positive, label="wrong") for f, (positive, negative) in sentences.items()]
     found = falsify([*right, *wrong], demo.select, demo.probe, edits={})
-    assert found.demoted == {label.label_id for label in wrong}
+    enough = {f for f, texts in sentences.items() if min(map(len, texts)) >= 3}
+    assert len(enough) >= 3
+    assert {label.label_id for label in wrong if label.feature in enough} <= found.demoted <= {label.label_id for label in wrong}
     assert set(found.table["origin"]) == {"predicted"} and set(found.table["document_id"]) == {""}
 
 
@@ -210,8 +260,10 @@ def test_without_negatives_a_feature_has_to_beat_chance(demo, sentences):
     found = falsify(labels, demo.select, demo.probe, edits={})
     chances = found.verdicts["chance"].to_list()
     assert found.verdicts["positives_fired"].to_list() == found.verdicts["positives"].to_list()
-    assert found.demoted == {label.label_id for label, chance in zip(labels, chances, strict=True) if chance > 0.75}
-    assert 0 < len(found.demoted) < len(labels)
+    for row, chance in zip(found.verdicts.iter_rows(named=True), chances, strict=True):
+        held = row["positives"] >= 3 and chance ** row["positives"] <= 0.05
+        assert row["verdict"] == ("held" if held else "untested")
+    assert set(found.verdicts["verdict"]) == {"held", "untested"} and not found.demoted
 
 
 @pytest.mark.slow
@@ -245,6 +297,16 @@ def test_an_edit_of_text_that_does_not_fire_by_itself_says_nothing(demo, sentenc
     void = Edit(Passage(positive[0]), False, "d", Passage(negative[0]))
     found = falsify([label], demo.select, demo.probe, edits={label.label_id: [sound, void]})
     assert found.table.filter(pl.col("origin") == "edit")["text"].to_list() == [negative[0]]
+
+
+@pytest.mark.slow
+def test_an_edit_that_should_fire_counts_only_if_its_original_is_silent_when_read_alone(demo, sentences):
+    feature, (positive, negative) = next(iter(sentences.items()))
+    label = text_label(demo, feature, positive, [])
+    sound = Edit(Passage(positive[0]), True, "d", Passage(negative[0]))
+    void = Edit(Passage(positive[1]), True, "d", Passage(positive[2]))
+    found = falsify([label], demo.select, demo.probe, edits={label.label_id: [sound, void]})
+    assert found.table.filter(pl.col("origin") == "edit")["text"].to_list() == [positive[0]]
 
 
 @pytest.mark.slow
@@ -294,7 +356,7 @@ def test_edits_are_read_back_with_their_document_and_what_is_expected(demo):
     given = [{"id": "fires-2", "text": f"{texts[0]} again"}, {"id": "silent-2", "text": f"{texts[1]} again"}]
     first, second = read_edits(answered(label, demo, given), label, demo.select)
     assert first == Edit(Passage(f"{texts[0]} again".strip()), False, fires["document_id"], Passage(texts[0]))
-    assert second == Edit(Passage(f"{texts[1]} again".strip()), True, silent["document_id"])
+    assert second == Edit(Passage(f"{texts[1]} again".strip()), True, silent["document_id"], Passage(texts[1]))
 
 
 @pytest.mark.slow

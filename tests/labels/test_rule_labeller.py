@@ -176,6 +176,7 @@ def test_more_keys_cost_more(units, firings):
 
 
 HEALTHY = {
+    "tokens": 100,
     "explain_tokens": 80,
     "select_tokens": 20,
     "density": 0.01,
@@ -190,7 +191,7 @@ HEALTHY = {
     ("facts", "status"),
     [
         ({}, None),
-        ({"explain_tokens": 0, "select_tokens": 0, "explain_contexts": 0}, "dead"),
+        ({"tokens": 0, "explain_tokens": 0, "select_tokens": 0, "explain_contexts": 0}, "dead"),
         ({"explain_tokens": 0, "explain_contexts": 0}, "rare"),
         ({"density": 0.11}, "dense"),
         ({"density": 0.1}, None),

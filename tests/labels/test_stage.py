@@ -211,7 +211,7 @@ def test_a_server_that_cannot_be_reached_commits_no_labels(planted, server, aski
     with pytest.raises(ExplainerError):
         label(planted, asking)
     stage = planted.store.stage(planted.entry.key, planted.corpus.id, "labels")
-    assert {record.key.name for record in stage.records()} <= {"rules"}
+    assert {record.key.name for record in stage.records()} <= {"counts", "rules"}
 
 
 # What an LLM is shown --------------------------------------------------------------------------------------------------
@@ -249,6 +249,12 @@ def test_each_request_is_about_one_feature_and_marks_what_fires(planted, server,
     assert len(examples) == 20 and all("<<the>>" in example["text"] for example in examples)
 
 
+def test_the_documents_that_edits_are_of_are_read_as_select(planted, label):
+    found = label(planted)
+    tried = pl.DataFrame({"document_id": ["", "doc-b", "doc-a", "doc-b"]})
+    assert documents_read(found.table, tried) == [("doc-a", "select"), ("doc-b", "select")]
+
+
 # Going on --------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +265,15 @@ def test_a_second_run_after_its_labels_were_deleted_sends_nothing(planted, serve
     again = label(planted, asking)
     assert len(server.requests) == len(ASKED)
     assert again.table.equals(first.table)
+
+
+def test_finished_labels_are_reused_when_the_firings_they_were_made_from_are_pruned(planted, subject, server, judging, label):
+    first = label(planted, judging)
+    asked = len(server.requests)
+    activations = planted.store.stage(planted.entry.key, planted.corpus.id, "activations")
+    assert sum(activations.prune(record) for record in list(activations.records())) > 0
+    again, reused = label_features(planted.store, planted.corpus, planted.entry, subject, settings=judging)
+    assert reused and again.key == first.key and again.table.equals(first.table) and len(server.requests) == asked
 
 
 def test_a_run_without_room_in_the_budget_says_so_and_the_next_one_goes_on(planted, subject, serve, label):
@@ -388,6 +403,18 @@ def test_a_text_that_a_judge_finds_no_better_than_chance_is_not_current(planted,
     assert current_of(found, RANDOM)["status"] == "incoherent"
 
 
+def test_the_estimate_for_a_judge_alone_leaves_the_judges_budget(planted, subject, asking):
+    annotate(planted.store, planted.corpus.id, planted.entry.key, EXACT, reads='The word " the".')
+    settings = LabelSettings(judge=replace(asking.explainer, max_tokens_total=123_456))
+    found = estimate_labels(planted.store, planted.corpus, planted.entry, subject, settings=settings)
+    assert (found.requests, found.room) == (1, 123_456)
+
+
+def test_a_server_with_more_room_for_reasoning_makes_other_labels():
+    less, more = (LabelSettings(judge=ServerConfig("m", reasoning_tokens=tokens)) for tokens in (0, 1000))
+    assert less.identity() != more.identity()
+
+
 @pytest.mark.parametrize("split", ["report", "explain"])
 def test_the_judge_is_shown_select_documents_alone(medium, mined, subject, serve, tmp_path, label, split):
     sent = []
@@ -450,3 +477,24 @@ def test_a_persons_label_wins_only_if_it_does_at_least_as_well(planted, judging,
     assert current_of(found, NO_REPORT)["method"] == "rule"
     rule = found.table.filter((pl.col("feature") == EXACT) & (pl.col("method") == "rule"))["label_id"][0]
     assert rule in provenance_of(found, EXACT, "human")["choice"]["tied_with"]
+
+
+def test_a_person_cannot_make_a_dead_feature_speak(planted, judging, label):
+    made = annotate(planted.store, planted.corpus.id, planted.entry.key, DEAD, reads='The word " the".', author="ann")
+    for settings in (RULES, judging):
+        found = label(planted, settings)
+        assert current_of(found, DEAD)["status"] == "dead"
+        assert found.current["feature"].to_list() == list(range(WIDTH))
+        assert made.label_id in found.table["label_id"]
+
+
+def test_an_annotation_changes_what_is_asked_of_its_own_feature_alone(planted, subject, server, judging, label):
+    label(planted, judging)
+    before = len(server.requests)
+    claim = 'The word " zebra".'
+    annotate(planted.store, planted.corpus.id, planted.entry.key, NO_REPORT, reads=claim, author="ann")
+    estimated = estimate_labels(planted.store, planted.corpus, planted.entry, subject, settings=judging)
+    label(planted, judging)
+    new = server.requests[before:]
+    assert len(new) == estimated.requests - estimated.answered == 1
+    assert [evidence_of(body)["DESCRIPTION"] for body in new] == [[claim]]

@@ -54,7 +54,7 @@ def test_after_kill_9_each_feature_is_labelled_once_and_no_answer_is_asked_for_a
     assert child[0].wait(120) == -9
     server.release()
     stage = planted.store.stage(planted.entry.key, planted.corpus.id, "labels")
-    assert {record.key.name for record in stage.records()} == {"rules"}
+    assert {record.key.name for record in stage.records()} == {"counts", "rules"}
     answered = read_journal(planted.store.root).spent_by_purpose()["explain"].answers
     in_flight = len(server.requests) - answered
     assert 0 < answered <= ANSWERED and in_flight <= CONCURRENCY

@@ -300,6 +300,23 @@ def test_a_batch_that_others_wait_for_is_left_alone(asked, journal):
         assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("mode", ["off", "local"])
+def test_what_a_batch_goes_on_with_is_not_sent_another_way(asked, journal, mode):
+    with provider(polls=10**6) as server:
+        config = ServerConfig("m", server.url, batch="provider")
+        with Journal(journal) as opened:
+            _stop_at_once([number(0), number(1)], config, opened)
+        answers = asked(server, 3, batch=mode)
+        assert numbers_of(answers) == [None, None, 2]
+        message = f'batch batch_0 goes on at {server.url}; set batch to "provider" to fetch it'
+        assert [answer.problem for answer in answers] == [message, message, ""]
+        assert len(server.requests) == 1
+        server.batches.behaviour = BatchBehaviour()
+        assert numbers_of(asked(server, 3)) == [0, 1, 2]
+        assert numbers_of(asked(server, 3, batch=mode)) == [0, 1, 2]
+        assert len(server.requests) == 3
+
+
 def _stop_at_once(requests: list[ChatRequest], config: ServerConfig, journal: Journal) -> None:
     async def run() -> None:
         stopped = asyncio.Event()

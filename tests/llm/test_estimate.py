@@ -1,5 +1,6 @@
 import pytest
 
+from scopeatlas.llm.budget import Budget
 from scopeatlas.llm.estimate import estimate
 from scopeatlas.llm.requests import ChatRequest
 from scopeatlas.llm.runner import ask
@@ -60,6 +61,16 @@ def test_a_batch_costs_half_apart_from_the_probe(journal):
     batch = server_config("http://127.0.0.1:9/v1", batch="provider", **PRICES)
     more = [estimate(questions(count), each, journal).usd or 0.0 for each in (config, batch) for count in (1, 8)]
     assert more[3] - more[2] == pytest.approx((more[1] - more[0]) / 2)
+
+
+def test_room_for_reasoning_is_reserved_and_estimated(journal):
+    plain, reasoning = (server_config("http://127.0.0.1:9/v1", reasoning_tokens=tokens, **PRICES) for tokens in (0, 1000))
+    probes_and_requests = 6
+    less, more = (estimate(questions(5), config, journal) for config in (plain, reasoning))
+    assert more.max_output_tokens - less.max_output_tokens == probes_and_requests * 1000
+    assert (more.usd or 0) - (less.usd or 0) == pytest.approx(probes_and_requests * 1000 * 8.0 / 1e6)
+    needed = [Budget(config, journal).needed(question(1), "json_schema").tokens for config in (plain, reasoning)]
+    assert needed[1] - needed[0] == 1000
 
 
 def test_it_reads_as_one_line(journal):

@@ -183,7 +183,7 @@ def test_writing_goes_on_after_a_torn_line(path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"state": "rec', "[]", '{"state": "failed", "key": "k", "send": 3}', '{"state": "odd", "key": "k"}']
+    "line", ['{"state": "rec', "[]", '{"state": "failed", "key": "k", "send": -1}', '{"state": "odd", "key": "k"}']
 )
 def test_damage_before_the_last_line_is_named(path, line):
     with Journal(path) as journal:
@@ -191,6 +191,54 @@ def test_damage_before_the_last_line_is_named(path, line):
     path.write_bytes(line.encode() + b"\n" + path.read_bytes())
     with pytest.raises(StoreError, match=r"line 1 of the journal .*journal\.jsonl"):
         Journal(path)
+
+
+ENDS = ("received", "open", "failed", "lost", "received", "open")
+
+
+@pytest.mark.parametrize("advice", ["{}\n", ""])
+@pytest.mark.parametrize("damaged", range(2 * len(ENDS) - ENDS.count("open")))
+def test_a_damaged_line_that_is_replaced_as_advised_or_left_out_costs_no_other_answer_and_frees_nothing(path, damaged, advice):
+    with Journal(path) as journal:
+        sends = [send(journal, f"k{number}", usd=0.5) for number in range(len(ENDS))]
+        for reservation, end in zip(sends, ENDS, strict=True):
+            if end == "received":
+                charge = Charge(30, 10, usd=0.1)
+                journal.received(reservation, REPLY, rung="json_schema", charge=charge, open_tokens=0, open_usd=0.0)
+            elif end != "open":
+                getattr(journal, end)(reservation, "x")
+        before = journal.spent()
+    lines = path.read_text().splitlines(keepends=True)
+    event = json.loads(lines[damaged])
+    path.write_text("".join([*lines[:damaged], lines[damaged][:20] + "\n", *lines[damaged + 1 :]]))
+    with pytest.raises(StoreError, match=rf"line {damaged + 1} of the journal .* is damaged; put {{}} in the place of that line"):
+        Journal(path)
+    path.write_text("".join([*lines[:damaged], advice, *lines[damaged + 1 :]]))
+    kept = {f"k{n}" for n, end in enumerate(ENDS) if end == "received"} - (
+        {event["key"]} if event["state"] == "received" else set()
+    )
+    for _ in range(2):  # what is written after the repair is read again
+        with Journal(path) as journal:
+            after = journal.spent()
+            assert {f"k{n}" for n in range(len(ENDS)) if journal.reply(f"k{n}") == REPLY} == kept
+            if advice:  # nothing tells of a last line that is left out
+                assert after.settled_tokens + after.open_tokens >= before.settled_tokens + before.open_tokens
+                assert after.settled_usd + after.open_usd >= before.settled_usd + before.open_usd - 1e-9
+            answered(journal, "next")
+            assert journal.spent().settled_tokens == after.settled_tokens + 40
+            before = journal.spent()
+
+
+def test_an_attempt_whose_line_is_gone_stays_reserved_until_its_end_is_told(path):
+    with Journal(path) as journal:
+        send(journal, "k", usd=0.5)
+    path.write_text("{}\n")
+    with Journal(path) as journal:
+        assert send(journal, "large", usd=0.5).send == 1
+        assert (journal.spent().open_tokens, journal.spent().open_requests) == (320, 2)
+        assert sum(spent.open_tokens for spent in journal.spent_by_purpose().values()) == 320
+    with Journal(path) as journal:
+        assert (journal.spent().open_tokens, journal.spent().open_usd) == (320, 1.0)
 
 
 def _hold(path, opened, release):

@@ -176,3 +176,11 @@ def test_the_lower_rung_states_the_schema_after_everything_else():
 def test_openai_itself_is_sent_its_own_name_for_the_limit():
     body = request_body(question(1, logprobs=5), ServerConfig("m"), "json_schema")
     assert (body["max_completion_tokens"], body["logprobs"], body["top_logprobs"]) == (60, True, 5)
+
+
+def test_a_model_that_reasons_is_given_room_for_it_and_asked_anew_for_more():
+    plain, reasoning, more = (ServerConfig("m", "http://localhost:1/v1", reasoning_tokens=tokens) for tokens in (0, 1000, 2000))
+    assert request_body(question(1), reasoning, "json_schema")["max_tokens"] == 1060
+    assert request_body(question(1), plain, "json_schema")["max_tokens"] == 60
+    assert len({question(1).key(config) for config in (plain, reasoning, more)}) == 3
+    assert question(1).key(plain) == question(1).key(ServerConfig("m"))

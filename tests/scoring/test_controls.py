@@ -26,7 +26,7 @@ def test_a_partner_is_of_the_same_group_where_there_is_one(seed, rng):
     assert all(groups[i] == groups[j] for i, j in enumerate(chosen[:12])) and chosen[12] != 12
 
 
-def test_where_all_claims_are_the_same_a_label_is_its_own_partner():
+def test_where_all_claims_are_the_same_there_is_no_partner_but_the_label_itself():
     assert partners(labels_of(range(3)), ["the"] * 3, [""] * 3, seed=0) == [0, 1, 2]
     assert partners(labels_of([5]), ["the"], [""], seed=0) == [0] and partners([], [], [], seed=0) == []
 
@@ -35,6 +35,31 @@ def test_most_labels_have_partners_of_their_own():
     """So that the mean over shuffled labels is no mean over a few of them."""
     chosen = partners(labels_of(range(100)), [str(i) for i in range(100)], [""] * 100, seed=0)
     assert sorted(chosen) == list(range(100))
+
+
+def test_one_label_more_gives_about_one_other_label_another_partner(rng):
+    """So that what was asked of the shuffled labels need not be asked anew."""
+    features, claims = rng.permutation(300).tolist(), [f"claim {n}" for n in rng.integers(0, 100, 300)]
+    labels = [Label(feature, "llm", "ok", claim) for feature, claim in zip(features, claims, strict=True)]
+    groups = rng.choice(["token", "context"], 300).tolist()
+
+    def by_label(count: int) -> dict[str, str]:
+        chosen = partners(labels[:count], claims[:count], groups[:count], seed=0)
+        return {labels[i].label_id: labels[j].label_id for i, j in enumerate(chosen)}
+
+    moved = []
+    for count in range(200, 299):
+        fewer, more = by_label(count), by_label(count + 1)
+        moved.append(sum(more[label] != partner for label, partner in fewer.items()))
+    assert np.mean(moved) < 1.5 and max(moved) <= 6
+
+
+def test_partners_depend_on_the_labels_and_not_on_their_order(rng):
+    labels, order = labels_of(range(60)), rng.permutation(60).tolist()
+    claims = [str(i) for i in range(60)]
+    straight = partners(labels, claims, [""] * 60, seed=0)
+    mixed = partners([labels[i] for i in order], [claims[i] for i in order], [""] * 60, seed=0)
+    assert {order[i]: order[j] for i, j in enumerate(mixed)} == dict(enumerate(straight))
 
 
 def test_other_seeds_shuffle_otherwise():

@@ -172,6 +172,17 @@ def test_the_shuffled_arm_is_another_features_rule_of_the_same_unit(units, rando
         assert row["f1"] in [theirs[o.label_id, "own"]["f1"] for o in others] and row["unit"] == rule.unit
 
 
+def test_a_rule_that_no_other_can_stand_in_for_has_no_shuffled_arm(units, random_firings):
+    """Three features of one and the same rule: none is tested against itself."""
+    labels = [label_of(feature, RULES[0]) for feature in range(3)]
+    found = execute(units, random_firings(3), labels)
+    for label in labels:
+        shuffled, own = found[label.label_id, "shuffled"], found[label.label_id, "own"]
+        assert (shuffled["status"], shuffled["f1"], shuffled["balanced_accuracy"]) == ("not_applicable", None, None)
+        assert own["status"] == "scored" and own["f1"] is not None
+        assert all(own[name] is None for name in ("lift", "lift_low", "lift_high", "p_value"))
+
+
 def test_lift_is_own_less_shuffled_and_stands_in_the_own_arm_alone(units, random_firings):
     found = execute(units, random_firings(len(RULES)))
     for label in LABELS:

@@ -8,6 +8,8 @@ import pytest
 from scopeatlas.errors import LeakError
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.hypotheses.samples import draw_windows, trigger_tokens
+from scopeatlas.judges import detection
+from scopeatlas.judges.rounds import Claim
 from scopeatlas.labels.asking import Asking
 from scopeatlas.llm.config import ServerConfig
 from scopeatlas.llm.journal import open_journal
@@ -21,6 +23,10 @@ from tests.planted import firings_of
 WORDS = ("the", "of", "and", "in", "was", "to", "is", "as", "for", "by", "with", "on")
 """Feature i fires on every WORDS[i], in any case, and nowhere else; the one after the last, at random."""
 LABELS = [Label(i, "llm", "ok", word, f'The word "{word}".', version="llm:test") for i, word in enumerate(WORDS)]
+
+
+def claim_of(label: Label) -> Claim:
+    return Claim(label.feature, label.label_id, label.reads)
 
 
 def holds(claim: str, text: str) -> bool:
@@ -107,14 +113,29 @@ def test_a_judge_who_is_right_finds_every_label_right_and_shuffled_ones_at_chanc
     assert 0.42 <= np.mean(shuffled) <= 0.58
 
 
-def test_the_trigger_token_arm_is_whether_a_window_holds_one(judge, windows, triggers):
-    rows = judge(JudgeBrain(holds))
-    for feature in range(len(WORDS)):
-        mine = windows.of(feature)
-        said = np.array([bool(set(texts) & set(triggers[feature])) for texts in mine["texts"].to_list()])
+AT_RANDOM = Label(len(WORDS), "llm", "ok", "house", 'The word "house".', version="llm:test")
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_the_trigger_token_arm_is_whether_a_window_holds_one(judge, windows, triggers, stop_early):
+    """On all windows but those that were drawn because they hold one, and so is the own arm beside it."""
+    rows = judge(JudgeBrain(holds), [*LABELS, AT_RANDOM], stop_early=stop_early)
+    drawn = 0
+    for label in [*LABELS, AT_RANDOM]:
+        mine = windows.of(label.feature)
+        drawn += int((mine["kind"] == "trigger").sum())
+        if stop_early:  # then on those of the first round
+            mine = mine[list(detection.requests("sae", claim_of(label), mine, seed=0)[0].rows)]
+        mine = mine.filter(mine["kind"] != "trigger")
         truth = (mine["kind"] == "positive").to_numpy()
-        expected = (said[truth].mean() + (~said[~truth]).mean()) / 2
-        assert rows[feature, "trigger_tokens"]["balanced_accuracy"] == pytest.approx(expected, abs=1e-6)
+        texts = mine["texts"].to_list()
+        says = np.array([holds(label.reads, "".join(window)) for window in texts])
+        said = np.array([bool(set(window) & set(triggers[label.feature])) for window in texts])
+        row, metric = rows[label.feature, "trigger_tokens"], "first_round" if stop_early else "balanced_accuracy"
+        for name, claimed in ((metric, said), ("against", says)):
+            assert row[name] == pytest.approx((claimed[truth].mean() + (~claimed[~truth]).mean()) / 2, abs=1e-6)
+        assert row["negatives_trigger"] == 0 and rows[label.feature, "own"]["against"] is None
+    assert drawn > 0 and (stop_early or rows[AT_RANDOM.feature, "own"]["negatives_trigger"] > 0)
 
 
 @pytest.mark.parametrize("accuracy", [0.9, 0.7])
@@ -150,6 +171,47 @@ def test_testing_stops_once_the_answers_decide_and_says_so(judge):
         assert 0.5 < row["balanced_accuracy_low"] <= row["balanced_accuracy"] <= row["balanced_accuracy_high"]
         assert row["p_value"] > whole[row["feature"], "own"]["p_value"]  # as many looks as there might have been
         assert row["prompt_tokens"] < whole[row["feature"], "own"]["prompt_tokens"]
+
+
+def test_the_first_round_is_kept_because_no_stop_selects_it(judge, windows):
+    """Means over estimates that were stopped when they were high are too high; those over first rounds are not."""
+    early = judge(JudgeBrain(holds, accuracy=0.75), stop_early=True)
+    for label in LABELS:
+        first = detection.requests("sae", claim_of(label), windows.of(label.feature), seed=0)[0]
+        only = replace(windows, table=windows.of(label.feature)[list(first.rows)])
+        whole = judge(JudgeBrain(holds, accuracy=0.75), [label], of=only)
+        assert early[label.feature, "own"]["first_round"] == pytest.approx(whole[label.feature, "own"]["balanced_accuracy"])
+        assert early[label.feature, "shuffled"]["first_round"] is not None and whole[label.feature, "own"]["first_round"] is None
+
+
+def test_where_testing_may_stop_the_interval_is_a_confidence_sequence_also_once_windows_are_used_up(judge):
+    rows = judge(JudgeBrain(holds, accuracy=0.6), stop_early=True)
+    whole = judge(JudgeBrain(holds, accuracy=0.6))
+    own = [rows[f, "own"] for f in range(len(WORDS))]
+    used_up = [row for row in own if "all " in row["note"]]
+    assert used_up and all("its interval is a confidence sequence over documents" in row["note"] for row in own)
+    for row in used_up:
+        mine = whole[row["feature"], "own"]
+        assert row["positives"] == mine["positives"]
+        width, drawn = (of["balanced_accuracy_high"] - of["balanced_accuracy_low"] for of in (row, mine))
+        assert width > drawn
+
+
+def test_a_label_without_rounds_is_refused_by_every_judge(judge, windows):
+    """Of a feature without a window, or without a negative one, beside one that is judged."""
+    table = windows.of(1).filter(pl.col("kind") == "positive")
+    some = replace(windows, table=pl.concat([windows.of(0), table]))
+    for scorers in (("detection", "fuzzing", "intruder"), ("simulation",)):
+        brain = SimulationBrain(lambda _, tokens: [1] * len(tokens)) if scorers == ("simulation",) else JudgeBrain(holds)
+        rows = judge(brain, LABELS[:3], of=some, scorers=scorers, stop_early=True, second="m-2")
+        assert {rows[f, "own"]["status"] for f in (1, 2)} == {"too_few_documents"} and set(judge.outcomes["feature"]) <= {0}
+
+
+def test_a_label_that_no_other_can_stand_in_for_has_no_shuffled_arm(judge):
+    rows = judge(JudgeBrain(holds), LABELS[:1], stop_early=True)
+    assert rows[0, "shuffled"]["status"] == "not_applicable" and rows[0, "shuffled"]["first_round"] is None
+    assert rows[0, "own"]["status"] == "scored" and rows[0, "own"]["lift"] is None is rows[0, "own"]["p_value"]
+    assert {one.claim for one in judge.asked} == {LABELS[0].reads}
 
 
 def about(word: str):

@@ -7,7 +7,7 @@ import pytest
 from scopeatlas.errors import NotReadyError, StoreError
 from scopeatlas.hypotheses.labels import Label, label_table
 from scopeatlas.scoring.controls import REQUIRED, with_q_values
-from scopeatlas.scoring.report import SHOWN, compare, read_report, report
+from scopeatlas.scoring.report import SHOWN, RandomDirections, compare, read_report, report
 from scopeatlas.scoring.table import METRICS, score_table
 from scopeatlas.storage.files import write_json
 
@@ -83,6 +83,51 @@ def test_controls_that_were_refused_count_as_missing(rng):
         compare(score_table(rows), "detection", "balanced_accuracy")
 
 
+def test_labels_without_a_control_that_they_must_have_are_in_no_mean(rng):
+    rows = [
+        row | ({"status": "not_applicable", "f1": None} if row["arm"] == "shuffled" and row["feature"] < 15 else {})
+        for row in rows_of(rng, "detection", metric="f1")
+    ]
+    for found in compare(score_table(rows), "detection", "f1"):
+        mine = [row["f1"] for row in rows if row["arm"] == "own" and row["feature"] >= 15]
+        assert found.labels == 25 and found.own.value == pytest.approx(np.mean(mine))
+
+
+def test_where_testing_may_stop_early_means_are_over_first_rounds_alone(rng):
+    rows = [row | {"first_round": float(rng.uniform()), "f1": 0.9, "auprc": 0.9} for row in rows_of(rng, "detection")]
+    table = score_table(rows)
+    (summary,) = report(table, label_table(LABELS), documents=DOCUMENTS).scorers
+    assert {c.metric for c in summary.comparisons} == {"balanced_accuracy"} and compare(table, "detection", "f1") == ()
+    for found in summary.comparisons:
+        means = [np.mean([row["first_round"] for row in rows if row["arm"] == arm]) for arm in ("own", found.control)]
+        assert (found.own.value, found.controlled.value) == pytest.approx(tuple(means))
+        assert found.basis == "first round of about 20 windows"
+
+
+def test_trigger_tokens_stand_beside_the_own_value_on_their_windows(rng):
+    rows = [
+        row | {"f1": 0.8} | ({"against": float(rng.uniform(0.8, 1))} if row["arm"] == "trigger_tokens" else {})
+        for row in rows_of(rng, "detection")
+    ]
+    found = {c.control: c for c in compare(score_table(rows), "detection", "balanced_accuracy")}
+    against = [row["against"] for row in rows if row["arm"] == "trigger_tokens"]
+    assert found["trigger_tokens"].own.value == pytest.approx(np.mean(against)) != found["shuffled"].own.value
+    assert found["trigger_tokens"].basis == "without windows drawn for a trigger token" and found["shuffled"].basis == ""
+    assert {c.control for c in compare(score_table(rows), "detection", "f1")} == {"shuffled", "constant"}
+
+
+def test_what_depends_on_the_share_of_positives_says_it_and_every_line_says_what_was_resampled(rng):
+    rows = [row | {"unit": "window"} for row in rows_of(rng, "detection", metric="f1")]
+    rows = [row | ({"precision": 0.5} if row["arm"] == "constant" else {}) for row in rows]
+    lines = [line for line in report(score_table(rows), label_table(LABELS), documents=DOCUMENTS).lines() if " beside " in line]
+    assert lines and all(line.startswith("  f1 (at 50 of 100 windows positive) ") for line in lines)
+    assert all(line.endswith("(means of 40 labels, 95 % intervals over labels)") for line in lines)
+    ranked = rows_of(rng, "retrieval", metric="auprc", unit="window", positives=30, negatives_random=50, negatives_neighbour=20)
+    assert {c.basis for c in compare(score_table(ranked), "retrieval", "auprc")} == {"at 30 of 100 windows positive"}
+    executed = rows_of(rng, metric="f1")
+    assert {c.basis for c in compare(score_table(executed), "rule_execution", "f1")} == {""}
+
+
 def test_random_directions_are_other_labels_so_their_mean_is_compared(rng):
     nulls = [Label(f, "rule", "ok", f"null {f}") for f in range(9)] + [Label(f, "rule", "incoherent") for f in range(9, 30)]
     rows = rows_of(rng)
@@ -91,11 +136,16 @@ def test_random_directions_are_other_labels_so_their_mean_is_compared(rng):
         | ({"status": "scored", "balanced_accuracy": 0.7} if label.status == "ok" else {"status": "not_applicable"})
         for label in nulls
     ]
-    made = report(score_table(rows), label_table(LABELS), documents=DOCUMENTS)
-    assert made.random_directions == (30, 9)
-    assert "random directions of the same norm and density: 9 of 30 labelled by a rule" in made.lines()
+    people = [Label(f, "human", "ok", str(f), "ships") for f in range(20, 25)]
+    labels = label_table([*LABELS[:20], *people])
+    made = report(score_table(rows), labels, documents=DOCUMENTS, null_densities=(1e-4, 0.03))
+    assert made.random_directions == RandomDirections(30, 9, 30, 20, (1e-4, 0.03))  # of 30 features people labelled 5
+    said = "9 of 30 labelled by a rule, beside 20 of the 30 features, of density 1.0e-04 to 3.0e-02, that they are matched to"
+    assert f"random directions of the same norm and density: {said}" in made.lines()
     (found,) = [c for c in made.scorers[0].comparisons if c.control == "random_direction"]
     assert found.controlled.value == pytest.approx(0.7) and found.lift.value == pytest.approx(found.own.value - 0.7)
+    matched = [row["balanced_accuracy"] for row in rows if row["arm"] == "own" and row["feature"] < 30]
+    assert found.labels == 30 and found.own.value == pytest.approx(np.mean(matched))
 
 
 def test_without_random_directions_the_report_says_so(rng):

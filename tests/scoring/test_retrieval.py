@@ -56,9 +56,28 @@ def test_the_score_is_how_well_the_cosine_ranks_a_features_windows(windows, rng)
         shown = np.array([embed.known["".join(texts)] for texts in mine["texts"].to_list()])
         for arm, text in (("own", label.reads), ("trigger_tokens", TRIGGERS[label.feature])):
             cosine, row = shown @ embed.known[text], rows[label.feature, arm]
-            assert row["auroc"] == pytest.approx(roc_auc_score(truth, cosine), abs=1e-6)
-            assert row["auprc"] == pytest.approx(average_precision_score(truth, cosine), abs=1e-6)
+            kept = (mine["kind"] != "trigger").to_numpy() | (arm == "own")
+            assert row["auroc"] == pytest.approx(roc_auc_score(truth[kept], cosine[kept]), abs=1e-6)
+            assert row["auprc"] == pytest.approx(average_precision_score(truth[kept], cosine[kept]), abs=1e-6)
         assert (rows[label.feature, "own"]["unit"], rows[label.feature, "own"]["status"]) == ("window", "scored")
+
+
+def test_trigger_tokens_are_compared_without_the_windows_that_were_drawn_for_one(windows, rng):
+    embed = random_embedder(rng)
+    rows = rows_of(LABELS, windows, embed)
+    for label in LABELS:
+        mine = windows.of(label.feature).filter(windows.of(label.feature)["kind"] != "trigger")
+        shown = np.array([embed.known["".join(texts)] for texts in mine["texts"].to_list()])
+        expected = roc_auc_score((mine["kind"] == "positive").to_numpy(), shown @ embed.known[label.reads])
+        row = rows[label.feature, "trigger_tokens"]
+        assert row["against"] == pytest.approx(expected, abs=1e-6) and row["negatives_trigger"] == 0
+        assert rows[label.feature, "own"]["negatives_trigger"] > 0
+
+
+def test_a_label_that_no_other_can_stand_in_for_has_no_shuffled_arm(windows, rng):
+    rows = rows_of(LABELS[:1], windows, random_embedder(rng))
+    assert rows[0, "shuffled"]["status"] == "not_applicable" and rows[0, "shuffled"]["auroc"] is None
+    assert rows[0, "own"]["status"] == "scored" and rows[0, "own"]["lift"] is None
 
 
 def test_it_states_no_accuracy(windows, rng):

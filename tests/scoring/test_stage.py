@@ -27,6 +27,15 @@ def labelled(medium, subject, tmp_path_factory) -> Planted:
     return planted
 
 
+def described(labelled: Planted, subject, root) -> Planted:
+    """A copy in which a person has described some features too: only text is put before a judge."""
+    copy = labelled.copy(root)
+    for feature in (EXACT, WORDS, SUFFIX):
+        annotate(copy.store, copy.corpus.id, copy.entry.key, feature, reads=f"whatever feature {feature} reads", author="ada")
+    label_features(copy.store, copy.corpus, copy.entry, subject, settings=LabelSettings())
+    return copy
+
+
 def score(planted: Planted, subject, settings: ScoreSettings = SETTINGS, **more) -> tuple[LabelScores, bool]:
     return score_labels(planted.store, planted.corpus, planted.entry, subject, labels=LabelSettings(), settings=settings, **more)
 
@@ -167,7 +176,7 @@ def test_scores_are_not_ready_while_labels_are_missing(labelled, subject, tmp_pa
 def test_answers_that_are_missing_leave_a_generation_that_the_next_run_completes(labelled, subject, tmp_path, monkeypatch):
     """Without budget, then with it: what was answered is not asked again, and it comes to the same as a run in one go."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    cut, whole = (labelled.copy(tmp_path / name) for name in ("cut", "whole"))
+    cut, whole = (described(labelled, subject, tmp_path / name) for name in ("cut", "whole"))
     with Server() as server:
 
         def scored(planted: Planted, **budget) -> tuple[LabelScores, int]:
@@ -190,7 +199,7 @@ def test_answers_that_are_missing_leave_a_generation_that_the_next_run_completes
 
 def test_what_the_judge_would_be_asked_is_estimated_and_not_asked(labelled, subject, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    copy = labelled.copy(tmp_path / "store")
+    copy = described(labelled, subject, tmp_path / "store")
     with Server() as server:
         judge = ServerConfig(model="m", base_url=server.url)
         settings = ScoreSettings(judge=judge, scorers=("detection", "intruder"), stop_early=False)
@@ -198,6 +207,8 @@ def test_what_the_judge_would_be_asked_is_estimated_and_not_asked(labelled, subj
         estimated = estimate_scores(*args, labels=LabelSettings(), settings=settings)
         assert server.requests == [] and estimated.requests > 0 == estimated.answered
         found, _ = score(copy, subject, settings)
+        judged = found.table.filter(pl.col("scorer") == "detection")
+        assert set(judged["method"]) == {"human"} and set(judged["feature"]) == {EXACT, WORDS, SUFFIX}
         assert len(server.requests) == estimated.requests
         spent = sum(summary.tokens for summary in found.report.scorers)
         assert 0 < spent <= estimated.prompt_tokens + estimated.max_output_tokens

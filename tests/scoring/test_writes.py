@@ -6,6 +6,7 @@ import torch
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import open_dictionary
 from scopeatlas.hypotheses.labels import Label
+from scopeatlas.labels.outputs import writes_claims
 from scopeatlas.mining.steering import auroc_of_tokens, token_changes
 from scopeatlas.scoring.table import score_table
 from scopeatlas.scoring.writes import PROMPT_TOKENS, claimed_tokens, report_prompts, steer_writes
@@ -93,6 +94,22 @@ def test_claimed_tokens_are_those_between_quotation_marks(subject):
     found = claimed_tokens('raises " Paris", "ing" and " Paris", never " supercalifragilistic"', subject)
     assert [subject.tokenizer.decode([token]) for token in found] == [" Paris", "ing"]
     assert claimed_tokens("raises numbers", subject) == []
+
+
+def test_whatever_a_feature_is_claimed_to_write_is_read_back(subject):
+    texts = ['"', "\\", "\n", "'", " Paris", "ing", ' "']
+    ids = [subject.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert all(len(found) == 1 for found in ids)
+    tokens = [found[0] for found in ids]
+    for start in range(len(tokens)):
+        promoted = [*tokens[start:], *tokens[:start]][:5]
+        table = pl.DataFrame({"feature": [0], "promoted": [promoted], "promoted_strength": [[9.0] * 5]})
+        assert claimed_tokens(writes_claims(table, subject)[0], subject) == promoted
+
+
+def test_a_claim_in_a_persons_own_words_may_hold_what_is_no_json(subject):
+    found = claimed_tokens('raises "\n" as it is, "\\d" and " Paris"', subject)
+    assert [subject.tokenizer.decode([token]) for token in found] == ["\n", " Paris"]
 
 
 def test_labels_without_a_claim_on_what_is_written_cost_nothing(medium_corpus, subject, dictionary):
