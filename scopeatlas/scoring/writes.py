@@ -19,7 +19,7 @@ from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import SubjectModelError
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.mining.steering import TokenChange, auroc_of_tokens, random_direction_changes, token_changes
-from scopeatlas.scoring.controls import partners
+from scopeatlas.scoring.controls import NO_PARTNER, partners
 from scopeatlas.scoring.measured import Measured, lift_cells, measure_mean
 from scopeatlas.scoring.table import Arm, Cell
 from scopeatlas.subject.loading import SubjectModel
@@ -60,11 +60,11 @@ def steer_writes(
         steered = token_changes(dictionary, subject, prompts, features)
         random = random_direction_changes(dictionary, subject, prompts, features, seed=seed)
         for i, own, drawn in zip(named, steered, random, strict=True):
-            tested: dict[Arm, tuple[TokenChange, list[int]]] = {
-                "own": (own, tokens[i]),
-                "shuffled": (own, tokens[other[i]]),
-                "random_direction": (drawn, tokens[i]),
-            }
+            tested: dict[Arm, tuple[TokenChange, list[int]]] = {"own": (own, tokens[i]), "random_direction": (drawn, tokens[i])}
+            if other[i] != i and tokens[other[i]]:
+                tested["shuffled"] = own, tokens[other[i]]
+            else:
+                rows.append(_row(claiming[i], "shuffled") | NO_PARTNER)
             rows += _rows(claiming[i], tested, document, seed=seed)
     except SubjectModelError as error:
         done = {str(row["label_id"]) for row in rows}
@@ -111,7 +111,8 @@ def _rows(
     }
     counted: dict[str, Cell] = {"status": "scored", "documents": len(document), "positives": len(tested["own"][1])}
     rows = [_row(label, arm) | counted | found.cells | {"note": _gained(*tested[arm])} for arm, found in measured.items()]
-    rows[0] |= lift_cells(measured["own"], measured["shuffled"], documents=len(document))
+    if "shuffled" in measured:
+        rows[0] |= lift_cells(measured["own"], measured["shuffled"], documents=len(document))
     return rows
 
 
