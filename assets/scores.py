@@ -74,7 +74,8 @@ def label_scores(
             log=context.log.info,
         )
         for line in scores.report.lines():
-            context.log.info(f"label scores: {line}")
+            if not line.startswith(" "):  # the figures stand in the metadata, and in `scopeatlas report`
+                context.log.info(f"label scores: {line}")
         unanswered.append(int((scores.table["status"] == "unanswered").sum()))
         return describe(scores), scores.key.identity, reused
 
