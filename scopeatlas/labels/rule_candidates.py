@@ -151,7 +151,7 @@ def topic_candidates(fires: sparse.csr_matrix, held: sparse.csr_matrix) -> np.nd
     contexts_of_feature = np.maximum(np.asarray(fires.sum(axis=1)), 1)
     chosen = np.full((fires.shape[0], max(TOPIC_SIZES)), -1)  # pyright: ignore[reportOptionalSubscript]
     left = fires.copy()
-    for i in range(chosen.shape[1]):
+    for i in range(chosen.shape[1] if contexts_of_word.size else 0):  # a tiny corpus may have no word to ask for
         together = (left @ held).toarray()  # pyright: ignore[reportAttributeAccessIssue]
         worth = together / np.maximum(contexts_of_word, 1) * np.sqrt(together / contexts_of_feature)
         worth[together < MIN_HITS] = 0
