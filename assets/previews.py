@@ -109,11 +109,15 @@ def score_image(table: pl.DataFrame) -> dg.MarkdownMetadataValue:
     bins = np.linspace(0, 1, 41).tolist()
     for axes, scorer in zip(figure.subplots(len(scorers), 1, squeeze=False)[:, 0], scorers, strict=True):
         mine = scored.filter(pl.col("scorer") == scorer)
-        for arm in sorted(mine["arm"].unique(), key=lambda name: name != "own"):
+        for arm in sorted(mine["arm"].unique(), key=lambda name: (name != "own", name)):
             values = mine.filter(pl.col("arm") == arm)["balanced_accuracy"].to_numpy()
             weights = np.full(len(values), 1 / len(values))
             if arm == "own":
-                axes.hist(values, bins=bins, weights=weights, color="#3b6fb6", alpha=0.85, label=f"own ({len(values)})")
+                heights = axes.hist(
+                    values, bins=bins, weights=weights, color="#3b6fb6", alpha=0.85, label=f"own ({len(values)})"
+                )[0]
+                # Constant answers all lie in one bin: it may be cut off, the labels must be seen.
+                axes.set_ylim(0, 2 * float(np.max(heights)))  # pyright: ignore[reportArgumentType]
             else:
                 axes.hist(values, bins=bins, weights=weights, histtype="step", linewidth=1.4, label=f"{arm} ({len(values)})")
         axes.set_title(scorer, fontsize=9, loc="left")
