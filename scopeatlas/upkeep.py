@@ -129,10 +129,13 @@ def _disposable(
     if name == "publication":
         generations = [record for record in records if record.key.name == "features"]
         return [(record, False) for record in generations[:-KEPT_PUBLICATIONS]]
-    newest = {record.key.name: record for record in sorted(records, key=lambda record: record.key.identity in uses)}
-    stale = [(record, False) for record in records if newest[record.key.name] is not record]
+    newest = {record.key.name: record for record in records}
+    used = [record for record in records if record.key.identity in uses] or list(newest.values())
+    # A generation newer than what is published may be on its way to be published.
+    kept = {record.key.identity for record in (*used, *newest.values())}
+    stale = [(record, False) for record in records if record.key.identity not in kept]
     if name in {"activations", "nulls"}:
-        return stale + [(record, True) for record in newest.values() if not stage.is_pruned(record.key)]
+        return stale + [(record, True) for record in used if not stage.is_pruned(record.key)]
     return stale
 
 

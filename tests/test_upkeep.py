@@ -248,12 +248,15 @@ def test_every_generation_of_labels_and_scores_is_kept(chain):
         assert sum(record.key.name == stage for record in records) == 2
 
 
-def test_activations_that_a_newer_generation_replaced_are_forgotten(chain):
+def test_of_activations_those_published_are_freed_the_newest_kept_and_others_forgotten(chain):
     stage = chain.store.stage(chain.entry.key, chain.corpus.id, "activations")
-    (old, *_) = activation_keys(chain.corpus, chain.entry, chain.subject)
-    path = stage.data_path(newer := replace(old, identity="f" * 64), ".parquet")
-    path.write_bytes(b"newer")
-    stage.commit(newer, [path], {})
+    (published, *_) = activation_keys(chain.corpus, chain.entry, chain.subject)
+    between, newest = (replace(published, identity=digit * 64) for digit in "ef")
+    for key in (between, newest):
+        path = stage.data_path(key, ".parquet")
+        path.write_bytes(b"newer")
+        stage.commit(key, [path], {})
     prune(chain.store)
-    assert [stage.is_pruned(key) for key in (old, newer)] == [False, True]
-    assert old not in [record.key for record in stage.records()]
+    assert [stage.is_pruned(key) for key in (published, newest)] == [True, False]
+    known = [record.key for record in stage.records()]
+    assert published in known and newest in known and between not in known and stage.is_done(newest)
