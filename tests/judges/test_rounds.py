@@ -20,7 +20,8 @@ def test_every_window_is_in_one_lot_and_every_document_too(windows):
         mine = windows.of(feature)
         lots = packed(mine, feature=feature, seed=0)
         assert sorted(row for lot in lots for row in lot) == list(range(len(mine)))
-        assert len(lots) == round(len(mine) / 20) and max(map(len, lots)) <= 20 + mine["document"].value_counts()["count"].max()
+        assert len(lots) == round(len(mine) / 20)
+        assert max(map(len, lots)) <= len(mine) / len(lots) + mine["document"].value_counts()["count"].max()
         documents = [set(mine["document"].gather(lot)) for lot in lots]
         assert sum(map(len, documents)) == mine["document"].n_unique()
 
