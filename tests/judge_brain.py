@@ -64,15 +64,16 @@ class JudgeBrain:
             return SchemaBrain().answer(body)
         shown = shown_in(body)
         if "TEXTS" in shown.sections:
-            says = {str(number): int(self._says(shown.claim, text)) for number, text in shown.sections["TEXTS"]}
+            says = {str(number): int(self.says(shown.claim, text)) for number, text in shown.sections["TEXTS"]}
         else:
             says = {
-                title.split()[1]: next((place for place, text in lines if not self._says("", text)), 1)
+                title.split()[1]: next((place for place, text in lines if not self.says("", text)), 1)
                 for title, lines in shown.sections.items()
             }
         return json.dumps(says)
 
-    def _says(self, claim: str, text: str) -> bool:
+    def says(self, claim: str, text: str) -> bool:
+        """Its verdict on one text, right or not."""
         digest = hashlib.sha256(f"{self._seed}\0{claim}\0{text}".encode()).digest()
         is_right = int.from_bytes(digest[:8], "big") / 2**64 < self._accuracy
         return self._fires(claim, text) == is_right
