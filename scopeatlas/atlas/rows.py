@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import polars as pl
 
@@ -17,6 +16,7 @@ from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.mining.examples import FeatureExamples, read_examples
 from scopeatlas.mining.windows import mark
+from scopeatlas.storage.uris import Location
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import Site
 from scopeatlas.subject.vocabulary import token_texts
@@ -86,7 +86,7 @@ def sites_text(sites: Sequence[Site]) -> str:
     return str(sites[0]).replace(f".{sites[0].layer}.", f".{{{layers}}}.", 1)
 
 
-def _evidence(path: Path) -> pl.DataFrame:
+def _evidence(path: Location) -> pl.DataFrame:
     """Per feature: snippets (held out first), trigger_tokens (at the strongest peaks of any split, most frequent first)
     and the words that describe it, for embedding."""
     windows = read_examples(path).filter(pl.col("kind") == "top")

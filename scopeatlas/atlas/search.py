@@ -7,7 +7,6 @@ What belongs here: the reader's side, `open_atlas` and what it gives back. What 
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -28,6 +27,7 @@ from scopeatlas.atlas.tables import (
     stamp_of,
 )
 from scopeatlas.errors import AtlasError, UnknownSaeError
+from scopeatlas.storage.uris import Location, location
 
 if TYPE_CHECKING:
     from lancedb.expr import Expr
@@ -129,7 +129,7 @@ class SearchResults:
 class Atlas:
     """A published atlas, open for reading; sees what other processes publish at once. Made by `open_atlas`."""
 
-    def __init__(self, root: Path, features: "Table", embedder: Embedder | None):
+    def __init__(self, root: Location, features: "Table", embedder: Embedder | None):
         self.root = root
         self._features = features
         self._stamp = stamp_of(features.schema)
@@ -255,13 +255,13 @@ class Atlas:
         return self.embedder
 
 
-def open_atlas(path: str | Path, *, embedder: Embedder | None = None) -> Atlas:
-    """Open the atlas under the store root `path`; the embedder is the one that made it, loaded at the first search.
+def open_atlas(path: str | Location, *, embedder: Embedder | None = None) -> Atlas:
+    """Open the atlas under the store root `path`, a folder or a URI; the embedder is the one that made it, loaded at the first search.
 
     embedder: only needed if the recorded one is no longer found under its name.
     Raises AtlasError if there is no atlas, it is of another version, or `embedder` is another model.
     """
-    root = Path(path).expanduser()
+    root = location(path) if isinstance(path, str) else path
     features = open_table(root, FEATURES)
     if not same_layout(features.schema):
         raise AtlasError(f"{root} holds the atlas of another version of Scope Atlas; publish its SAEs again into another store")

@@ -22,6 +22,7 @@ from scopeatlas.scoring.table import published
 from scopeatlas.storage.files import content_hash
 from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import readable
 from scopeatlas.subject.loading import SubjectModel
 
 STAGE_VERSION = 7
@@ -105,7 +106,7 @@ def _finished(store: Store, corpus: Corpus, entry: SaeEntry, name: str, key: Sha
     stage = store.stage(entry.key, corpus.id, name)
     if not stage.is_done(key):
         raise NotReadyError(f"{entry.key} has no {name} made with these settings: run that stage first")
-    return pl.read_parquet(stage.data_path(key, ".parquet"))
+    return pl.read_parquet(readable(stage.data_path(key, ".parquet")))
 
 
 def _live(store: Store, sae: str) -> dict | None:

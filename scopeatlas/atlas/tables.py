@@ -5,6 +5,8 @@ are written (`publish.py`), or how they are asked for (`search.py`).
 """
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ import pyarrow as pa
 from scopeatlas.atlas.embedding import EmbedderStamp, first_line
 from scopeatlas.dictionaries.sparse import MULTI_LAYER
 from scopeatlas.errors import AtlasError
+from scopeatlas.storage.uris import Location, sizes_under
 
 if TYPE_CHECKING:
     from lancedb.db import DBConnection
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 FEATURES = "features"
 PUBLICATIONS = "publications"
 KEY, VECTOR, GENERATION = "key", "vector", "generation"
+_COMMITS = 20
 
 SCORES = (
     *("f1", "f1_low", "f1_high", "precision", "recall"),
@@ -150,24 +154,30 @@ def features_batch(rows: pl.DataFrame, vectors: np.ndarray, *, generation: str, 
     return pa.table(columns, schema=schema)
 
 
-def database_folder(root: Path) -> Path:
+def database_folder(root: Location) -> Location:
     """Where LanceDB keeps its tables under a store's root."""
-    return Path(root) / "atlas"
+    return root / "atlas"
 
 
-def connect(root: Path) -> "DBConnection":
-    """A connection whose handles see every commit of every process at once (by default they would see none)."""
+def connect(root: Location) -> "DBConnection":
+    """A connection whose handles see every commit of every process at once (by default they would see none).
+
+    Of an object store LanceDB reads the same environment as the store does, but for leave to speak plain HTTP.
+    """
     import lancedb
 
-    return lancedb.connect(database_folder(root), read_consistency_interval=timedelta(0))
+    folder = database_folder(root)
+    is_plain = os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http://")
+    options = None if isinstance(folder, Path) else {"allow_http": str(is_plain).lower()}
+    return lancedb.connect(str(folder), storage_options=options, read_consistency_interval=timedelta(0))
 
 
-def has_table(root: Path, name: str) -> bool:
+def has_table(root: Location, name: str) -> bool:
     """Whether the table has at least one committed version; a creation that was killed leaves a folder without."""
-    return any((database_folder(root) / f"{name}.lance" / "_versions").glob("*.manifest"))
+    return any(file.endswith(".manifest") for file in sizes_under(database_folder(root) / f"{name}.lance" / "_versions"))
 
 
-def open_table(root: Path, name: str) -> "Table":
+def open_table(root: Location, name: str) -> "Table":
     """Open a table that must exist. Raises AtlasError in one line if it does not or cannot be read."""
     if not has_table(root, name):
         raise AtlasError(f"no atlas at {root}: publish an SAE there first, or give the store's root folder")
@@ -175,6 +185,21 @@ def open_table(root: Path, name: str) -> "Table":
         return connect(root).open_table(name)
     except (OSError, ValueError, RuntimeError) as error:
         raise AtlasError(f"cannot read the atlas at {root}: {first_line(error)}") from error
+
+
+def persistently(commit: Callable[[], object]) -> None:
+    """Run `commit` until no commit of another machine comes before its own; on this machine a lock keeps others away.
+
+    LanceDB does so for merges by itself, and not for indexes and compaction. Raises what `commit` raises at last.
+    """
+    for _ in range(_COMMITS - 1):
+        try:
+            commit()
+            return
+        except RuntimeError as error:
+            if "Retryable commit conflict" not in str(error):
+                raise
+    commit()
 
 
 def same_layout(schema: pa.Schema) -> bool:

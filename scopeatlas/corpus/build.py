@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -17,9 +16,10 @@ from scopeatlas.corpus.documents import SPLITS, Document, Split
 from scopeatlas.corpus.sampling import Sampling, draw_sample, shard_of
 from scopeatlas.corpus.sources import Source, open_source, source_fingerprint
 from scopeatlas.errors import CorpusError, NotReadyError
-from scopeatlas.storage.files import atomic_path, content_hash, read_json, write_json
+from scopeatlas.storage.files import atomic_path, content_hash, read_json_if_there, write_json
 from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import Location, readable
 from scopeatlas.subject.loading import SubjectModel
 
 STAGE_VERSION = 1
@@ -47,7 +47,7 @@ class Corpus:
     """A corpus on disk. shards: the keys of its current generation. facts: documents and tokens, in all and by split."""
 
     id: str
-    folder: Path
+    folder: Location
     shards: tuple[ShardKey, ...]
     facts: dict[str, Any]
 
@@ -58,7 +58,7 @@ class Corpus:
     def documents(self) -> pl.DataFrame:
         """document_id, split, source, metadata (JSON), text: one row per document."""
         stage = StageFolder(self.folder)
-        return pl.concat([pl.read_parquet(stage.data_path(shard, ".documents.parquet")) for shard in self.shards])
+        return pl.concat([pl.read_parquet(readable(stage.data_path(shard, ".documents.parquet"))) for shard in self.shards])
 
 
 def build_corpus(
@@ -73,7 +73,8 @@ def build_corpus(
     folder = store.corpus_folder(corpus_id)
     tokenizer = (subject.tokenizer_identity, subject.tokenizer.chat_template)
     request = content_hash(STAGE_VERSION, asdict(settings), source_fingerprint(settings.source), *tokenizer)
-    if (folder / "corpus.json").exists() and read_json(folder / "corpus.json")["request"] == request:
+    built = read_json_if_there(folder / "corpus.json")
+    if built is not None and built["request"] == request:
         corpus = open_corpus(store, corpus_id)
         if not StageFolder(folder).pending(corpus.shards):
             return corpus, True
@@ -93,7 +94,7 @@ def build_corpus(
         contexts = cut_contexts(documents, subject.tokenizer, settings.rules, refused=refused)
         if not len(contexts):
             continue
-        keys.append(_write_shard(StageFolder(folder), f"{number:0{(bits + 3) // 4}x}", documents, contexts))
+        keys.append(write_corpus_shard(StageFolder(folder), f"{number:0{(bits + 3) // 4}x}", documents, contexts))
         contexts_total += len(contexts)
         for split, length in zip(contexts.splits, contexts.lengths(), strict=True):
             tokens[SPLITS[split]] += int(length) - 1
@@ -120,13 +121,14 @@ def build_corpus(
 def open_corpus(store: Store, corpus_id: str) -> Corpus:
     """The corpus of that id. Raises NotReadyError if it has not been built."""
     path = store.corpus_folder(corpus_id) / "corpus.json"
-    if not path.exists():
+    body = read_json_if_there(path)
+    if body is None:
         raise NotReadyError(f"corpus {corpus_id} has not been built in {store.root}: materialise corpus_sample first")
-    body = read_json(path)
     return Corpus(corpus_id, path.parent, tuple(ShardKey(name, identity) for name, identity in body["shards"]), body["facts"])
 
 
-def _write_shard(stage: StageFolder, name: str, documents: list[tuple[Document, Split]], contexts: Contexts) -> ShardKey:
+def write_corpus_shard(stage: StageFolder, name: str, documents: list[tuple[Document, Split]], contexts: Contexts) -> ShardKey:
+    """Write and commit one shard of a corpus, unless it is there; returns its key."""
     key = ShardKey(name, content_hash(STAGE_VERSION, contexts.identity(), [d.id for d, _ in documents]))
     if stage.is_done(key):
         return key

@@ -6,7 +6,6 @@ running the model (`subject/`).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from scopeatlas.corpus.documents import SPLITS, Document, Split
 from scopeatlas.errors import CorpusError, SubjectModelError
 from scopeatlas.storage.files import atomic_path, content_hash, stable_id
+from scopeatlas.storage.uris import Location, readable
 from scopeatlas.subject.conversations import TEMPLATE, TEXT, tokenize_conversation
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _padded(rows: list[list[int]], length: int, padding: int, dtype: type) -> np
     return table
 
 
-def write_contexts(contexts: Contexts, path: Path) -> None:
+def write_contexts(contexts: Contexts, path: Location) -> None:
     """Write one shard's contexts as parquet, atomically."""
     columns = {
         "context_id": pa.array(contexts.ids),
@@ -172,9 +172,9 @@ def write_contexts(contexts: Contexts, path: Path) -> None:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
 
 
-def read_contexts(path: Path) -> Contexts:
+def read_contexts(path: Location) -> Contexts:
     """Read one shard's contexts back."""
-    table = pq.read_table(path)
+    table = pq.read_table(readable(path))
     return Contexts(
         table["context_id"].to_numpy(),
         table["document_id"].to_pylist(),

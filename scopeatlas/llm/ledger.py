@@ -6,7 +6,6 @@ in (`journal.py`), what may still be spent (`budget.py`).
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -129,6 +128,11 @@ class Ledger:
         with self.lock:
             return [self._open[send] for send in self._sends.get(key, []) if send in self._open]
 
+    def is_ended(self, send: int) -> bool:
+        """Whether attempt `send` was made and its end is told."""
+        with self.lock:
+            return send < len(self._costs) and send not in self._open
+
     def noted(self, kind: str) -> dict[str, JsonValue]:
         """The facts of one kind that were noted, by key."""
         with self.lock:
@@ -145,12 +149,6 @@ class Ledger:
             reserved = [self._largest] * (len(self._vague) + self._missing)
             unknown = sum(reserved, self._totals.get(_UNKNOWN, _NOTHING))
             return dict(sorted({**self._totals, **({_UNKNOWN: unknown} if reserved else {})}.items()))
-
-    def cost_of(self, keys: Iterable[str]) -> Spent:
-        """What the requests with these keys cost, each once, every attempt at them included."""
-        with self.lock:
-            sends = [send for key in dict.fromkeys(keys) for send in self._sends.get(key, [])]
-            return sum((self._costs[send] for send in sends), _NOTHING)
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take one event in. Raises KeyError, TypeError or ValueError for what is no event, or ends what is not open."""
@@ -215,7 +213,7 @@ class Ledger:
         return reservation
 
     @property
-    def _next_send(self) -> int:
+    def next_send(self) -> int:
         """The number of the next attempt, which leaves room for those that missing events may have been."""
         return len(self._costs) + self._missing
 

@@ -1,7 +1,7 @@
 """Atomic files and content hashes.
 
-What belongs here: writing one file so that it is either whole or absent, and hashing content.
-What does not: which files make up a stage (`records.py`) or where they lie (`store.py`).
+What belongs here: writing one file so that it is either whole or absent, locks, and hashing content. What does not: what a
+place is and reading from it (`uris.py`), which files make up a stage (`records.py`) or where they lie (`store.py`).
 """
 
 import fcntl
@@ -14,18 +14,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from scopeatlas.errors import StoreError
+from scopeatlas.storage.uris import Location, local_state, reaching
 
 _CHUNK = 1 << 20
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success fsync it and rename it into place.
+def atomic_path(target: Location) -> Iterator[Path]:
+    """Yield a temporary local path; on success put what was written there in the place of `target`.
 
-    A crash at any moment leaves either the old file, the new file or a `.tmp-*` file that nobody reads.
-    Raises StoreError if the place cannot be written.
+    Beside a local target it is fsynced and renamed: a crash at any moment leaves either the old file, the new file or a
+    `.tmp-*` file that nobody reads. To an object store it is put whole. Raises StoreError if the place cannot be written.
     """
+    if isinstance(target, Path):
+        with _renamed(target) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory(prefix="scopeatlas-") as folder:
+        temporary = Path(folder) / target.name
+        try:
+            yield temporary
+        except OSError as error:
+            said = f"cannot write {temporary}, from where {target} is put: {error.strerror or error}"
+            raise StoreError(f"{said}; free space there or set TMPDIR") from error
+        _put(temporary, target)
+
+
+@contextmanager
+def _renamed(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-", suffix=target.suffix)
@@ -46,14 +65,62 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+_put_here: dict[str, dict[str, Any]] = {}
+"""What this process has put into an object store and not described yet: it need not be fetched again to be hashed."""
+
+
+def _put(source: Path, target: UPath) -> None:
+    facts = {"bytes": source.stat().st_size, "sha256": file_sha256(source)}
+    try:
+        with reaching(target):
+            target.fs.put_file(str(source), target.path)
+    except FileNotFoundError as error:
+        raise StoreError(f"cannot write {target}: {error}; make the bucket or set another store") from error
+    _put_here[str(target)] = facts
+
+
+def described(path: Location) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file, as commit records hold them."""
+    facts = _put_here.pop(str(path), None)
+    return facts or {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def create_once(target: Location, content: bytes) -> bool:
+    """Write a small file unless there is one already, which then stays; whether it was written.
+
+    Of several machines that try it in an object store exactly one succeeds (a conditional put). Raises StoreError if the
+    place cannot be written.
+    """
+    if isinstance(target, Path):
+        if not target.exists():
+            with _renamed(target) as temporary:
+                temporary.write_bytes(content)
+            return True
+        return False
+    try:
+        with reaching(target):
+            target.fs.pipe_file(target.path, content, mode="create")
+    except FileExistsError:
+        return False
+    except FileNotFoundError as error:
+        raise StoreError(f"cannot write {target}: {error}; make the bucket or set another store") from error
+    return True
+
+
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file against every other process on this machine; a killed holder frees it.
+def locked(path: Location, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock against every other process on this machine; a killed holder frees it. Object stores know no locks: what
+    lies there is locked by a file in this machine's own state, and writers on other machines are not kept out.
 
     Yields False if it is not to be had and `wait` is False.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
+    place = local_state(path)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        stream = place.open("w")
+    except OSError as error:
+        raise StoreError(f"cannot lock {path} by {place}: {error.strerror}; make its folder writable") from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -70,21 +137,32 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(target: Path, value: Any) -> None:
+def write_json(target: Location, value: Any) -> None:
     """Write `value` as readable JSON, atomically."""
     with atomic_path(target) as path:
         path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """Read a JSON file. Raises StoreError naming the file if it is missing or damaged."""
+    found = read_json_if_there(path)
+    if found is None:
+        raise StoreError(f"cannot read {path}: no such file")
+    return found
+
+
+def read_json_if_there(path: Location) -> Any | None:
+    """Read a JSON file, or None if there is no such file. Raises StoreError naming the file if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reaching(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {path}: {error}") from error
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Location) -> str:
     """SHA-256 of a file's bytes, hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:

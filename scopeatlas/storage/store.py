@@ -5,6 +5,7 @@ What belongs here: where things lie, and the registry of SAEs with their last er
     corpus/<corpus id>/                 contexts and documents, `corpus.json`
     saes/<sae key>/sae.json             where the SAE's files are and their hashes
     saes/<sae key>/errors.json          the last error of each stage that failed
+    saes/<sae key>/outputs/             what its features write, whatever the corpus
     saes/<sae key>/<corpus id>/<stage>/ activations, nulls, examples, labels, scores, publication
     atlas/  embeddings/                 LanceDB and the embedding cache
 """
@@ -16,62 +17,72 @@ from pathlib import Path
 from typing import Any
 
 from scopeatlas.errors import StoreError, UnknownSaeError
-from scopeatlas.storage.files import read_json, write_json
+from scopeatlas.storage.files import read_json_if_there, write_json
 from scopeatlas.storage.records import StageFolder
+from scopeatlas.storage.uris import Location, folders_in, reaching, read_all, sizes_under
 
 STAGES = ("activations", "nulls", "examples", "labels", "scores", "publication")
+OUTPUTS = "outputs"
 
 
 @dataclass(frozen=True)
 class Store:
-    """One store. root: its folder, made when something is first written."""
+    """One store. root: its folder, made when something is first written, or its place in an object store."""
 
-    root: Path
+    root: Location
 
-    def corpus_folder(self, corpus_id: str) -> Path:
+    def corpus_folder(self, corpus_id: str) -> Location:
         return self.root / "corpus" / corpus_id
 
     def stage(self, sae: str, corpus_id: str, stage: str) -> StageFolder:
         return StageFolder(self.root / "saes" / sae / corpus_id / stage)
 
+    def outputs(self, sae: str) -> StageFolder:
+        """The one stage of an SAE that no corpus determines."""
+        return StageFolder(self.root / "saes" / sae / OUTPUTS)
+
     def require_writable(self) -> None:
         """Raises StoreError before any work is spent if nothing can be written here."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.root, Path):
+                self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".tmp-probe-{os.getpid()}"
-            probe.write_bytes(b"x")
-            probe.unlink()
+            with reaching(probe):
+                probe.write_bytes(b"x")
+                probe.unlink()
         except OSError as error:
-            raise StoreError(
-                f"cannot write to the store {self.root}: {error.strerror}; make it writable or set store.root to another folder"
-            ) from error
+            said = f"cannot write to the store {self.root}: {error.strerror or error}"
+            raise StoreError(f"{said}; make it writable or set store.root to another folder") from error
 
     def register(self, key: str, entry: dict[str, Any]) -> bool:
         """Remember an SAE under its key; returns whether it is new. A key always means the same files."""
-        path = self.root / "saes" / key / "sae.json"
-        if path.exists() and read_json(path) == entry:
-            return False
-        is_new = not path.exists()
-        write_json(path, entry)
-        return is_new
+        path = self._entry_path(key)
+        known = read_json_if_there(path)
+        if known != entry:
+            write_json(path, entry)
+        return known is None
 
     def registered(self) -> list[str]:
         """The keys of all SAEs known here."""
-        return sorted(path.parent.name for path in self.root.glob("saes/*/sae.json"))
+        keys = folders_in(self.root / "saes")
+        entries = read_all([self._entry_path(key) for key in keys])
+        return [key for key, entry in zip(keys, entries, strict=True) if entry is not None]
 
     def entry(self, sae: str) -> dict[str, Any]:
         """What was registered for a key. Raises UnknownSaeError listing some that exist."""
-        path = self.root / "saes" / sae / "sae.json"
-        if not path.exists():
+        entry = read_json_if_there(self._entry_path(sae))
+        if entry is None:
             known = self.registered()
             listed = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "") if known else "none yet"
             raise UnknownSaeError(f"no SAE '{sae}' in {self.root}; known: {listed}")
-        return read_json(path)
+        return entry
+
+    def _entry_path(self, sae: str) -> Location:
+        return self.root / "saes" / sae / "sae.json"
 
     def corpora_of(self, sae: str) -> list[str]:
         """Corpus ids that an SAE has stages for."""
-        folder = self.root / "saes" / sae
-        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        return [name for name in folders_in(self.root / "saes" / sae) if name != OUTPUTS]
 
     def is_touched(self, sae: str) -> bool:
         """Whether anything was ever done for an SAE, if only an attempt."""
@@ -79,8 +90,7 @@ class Store:
 
     def errors(self, sae: str) -> dict[str, str]:
         """The last error of each stage of an SAE that has failed and not since succeeded."""
-        path = self.root / "saes" / sae / "errors.json"
-        return read_json(path) if path.exists() else {}
+        return read_json_if_there(self.root / "saes" / sae / "errors.json") or {}
 
     def record_error(self, sae: str, stage: str, message: str | None) -> None:
         """Remember (or, with None, forget) that `stage` of an SAE failed."""
@@ -93,10 +103,15 @@ class Store:
 
     def bytes_used(self, *parts: str) -> int:
         """Bytes under a folder of the store."""
-        return sum(path.stat().st_size for path in self.root.joinpath(*parts).rglob("*") if path.is_file())
+        return sum(sizes_under(self.root.joinpath(*parts), nested=True).values())
 
     def sweep_unfinished(self) -> int:
-        """Delete `.tmp-*` leftovers of killed writers; returns bytes freed. Only call while nothing writes."""
+        """Delete `.tmp-*` leftovers of killed writers; returns bytes freed. Only call while nothing writes.
+
+        In an object store a writer that is killed leaves nothing.
+        """
+        if not isinstance(self.root, Path):
+            return 0
         freed = 0
         for path in self.root.rglob(".tmp-*"):
             freed += path.stat().st_size if path.is_file() else 0

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from scopeatlas.errors import ConfigError, ExplainerError, StoreError
 from scopeatlas.llm import limits, sending
+from scopeatlas.llm.limits import Pace
 from scopeatlas.llm.replies import InvalidReply, read_json
 from scopeatlas.llm.requests import Answer
 from scopeatlas.llm.runner import ask
@@ -186,13 +187,15 @@ def test_a_retry_after_beyond_patience_is_not_waited_for(server, run):
     assert len(server.requests) == 1
 
 
-def test_retry_after_holds_back_every_request(server, run):
+def test_retry_after_holds_back_every_request(server, run, monkeypatch):
     arrivals: list[float] = []
+    told, pause = threading.Event(), Pace.pause
+    monkeypatch.setattr(Pace, "pause", lambda pace, until: (pause(pace, until), told.set()))
 
     def busy_at_first(call: Call):
         arrivals.append(time.monotonic())
         if call.number == 2:
-            time.sleep(0.3)  # answered once the other one has been told to wait
+            told.wait(30)  # answered once the other one has been told to wait
         return Failure(429, headers={"Retry-After": "1"}) if call.number == 1 else "ok"
 
     server.faults = busy_at_first

@@ -275,16 +275,11 @@ def test_lasting_trouble_ends_the_run_and_not_the_batch(asked):
 def test_stopping_leaves_the_batch_at_the_provider_for_the_next_run(asked, journal):
     with provider(polls=10**6) as server:
         config = ServerConfig("m", server.url, batch="provider")
-        requests = {number(n).key(config): number(n) for n in range(4)}
-
-        async def stop_soon() -> dict[str, str]:
-            stopped = asyncio.Event()
-            asyncio.get_running_loop().call_later(0.5, stopped.set)
-            return await run_batch(requests, config, opened, rung="json_schema", stopped=stopped, log=print)
-
+        requests = [number(n) for n in range(4)]
         with Journal(journal) as opened:
-            problems = asyncio.run(stop_soon())
-        assert problems == dict.fromkeys(requests, f"batch batch_0 goes on at {server.url}; run again to fetch it")
+            problems = _stopped_while_it_waits(server, requests, config, opened)
+        message = f"batch batch_0 goes on at {server.url}; run again to fetch it"
+        assert problems == dict.fromkeys((request.key(config) for request in requests), message)
         server.batches.behaviour = BatchBehaviour()
         assert numbers_of(asked(server)) == [0, 1, 2, 3]
         assert len(server.batches.batches) == 1
@@ -294,7 +289,7 @@ def test_a_batch_that_others_wait_for_is_left_alone(asked, journal):
     with provider(polls=10**6) as server:
         config = ServerConfig("m", server.url, batch="provider")
         with Journal(journal) as opened:
-            _stop_at_once([number(7)], config, opened)
+            _stopped_while_it_waits(server, [number(7)], config, opened)
         server.batches.behaviour = BatchBehaviour()
         assert numbers_of(asked(server, 2)) == [0, 1]
         assert len(server.requests) == 2
@@ -305,7 +300,7 @@ def test_what_a_batch_goes_on_with_is_not_sent_another_way(asked, journal, mode)
     with provider(polls=10**6) as server:
         config = ServerConfig("m", server.url, batch="provider")
         with Journal(journal) as opened:
-            _stop_at_once([number(0), number(1)], config, opened)
+            _stopped_while_it_waits(server, [number(0), number(1)], config, opened)
         answers = asked(server, 3, batch=mode)
         assert numbers_of(answers) == [None, None, 2]
         message = f'batch batch_0 goes on at {server.url}; set batch to "provider" to fetch it'
@@ -317,14 +312,23 @@ def test_what_a_batch_goes_on_with_is_not_sent_another_way(asked, journal, mode)
         assert len(server.requests) == 3
 
 
-def _stop_at_once(requests: list[ChatRequest], config: ServerConfig, journal: Journal) -> None:
-    async def run() -> None:
-        stopped = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.5, stopped.set)
-        by_key = {request.key(config): request for request in requests}
-        await run_batch(by_key, config, journal, rung="json_schema", stopped=stopped, log=print)
+def _stopped_while_it_waits(
+    server: Server, requests: list[ChatRequest], config: ServerConfig, journal: Journal
+) -> dict[str, str]:
+    """What is said of requests whose run is stopped once it has asked for the first time how their batch goes."""
 
-    asyncio.run(run())
+    async def stop(stopped: asyncio.Event) -> None:
+        while not any(found["polls"] for found in server.batches.batches.values()):
+            await asyncio.sleep(0.02)
+        stopped.set()
+
+    async def run() -> dict[str, str]:
+        stopped = asyncio.Event()
+        by_key = {request.key(config): request for request in requests}
+        waiting = run_batch(by_key, config, journal, rung="json_schema", stopped=stopped, log=print)
+        return (await asyncio.gather(waiting, stop(stopped)))[0]
+
+    return asyncio.run(run())
 
 
 def _ask_until_killed(url: str, path: Path) -> None:

@@ -65,7 +65,7 @@ def real(smollm2, tmp_path_factory) -> Iterator[str]:
 
 
 def _wait_for(url: str, server: subprocess.Popen) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         assert server.poll() is None, "the server did not start"
         try:
             urlopen(url, timeout=1).close()

@@ -16,13 +16,19 @@ from tests.llm.asking import question, server_config
 from tests.llm_server import Server, body_key
 
 CHILD = """
-import os, signal, sys
+import asyncio, os, signal, sys
 from pathlib import Path
-from scopeatlas.llm import limits
+from types import SimpleNamespace
+from scopeatlas.llm import limits, runner
 from scopeatlas.llm.journal import Journal
 from scopeatlas.llm.runner import ask
 from tests.llm.asking import question, server_config
 limits.backoff = lambda attempt: 0.01
+class Telling(asyncio.Event):
+    def set(self):
+        super().set()
+        print("nothing more is sent", flush=True)
+runner.asyncio = SimpleNamespace(**vars(asyncio) | {"Event": Telling})
 def run(url, path):
     with Journal(Path(path)) as journal:
         return ask([question(number) for number in range(40)], server_config(url, max_concurrency=4), journal)
@@ -107,13 +113,13 @@ def test_a_signal_lets_what_is_under_way_come_in_and_sends_nothing_more(tmp_path
     path = tmp_path / "journal.jsonl"
     with Server(faults=lambda call: "stall" if call.number > 5 else "ok") as server:
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD + "run(*sys.argv[1:])", server.url, str(path)], env=ENVIRONMENT, stderr=-1
+            [sys.executable, "-c", CHILD + "run(*sys.argv[1:])", server.url, str(path)], env=ENVIRONMENT, stdout=-1, stderr=-1
         )
         while server.in_flight < 4 or len(server.requests) < 9:
             assert child.poll() is None
             threading.Event().wait(0.02)
         child.send_signal(signal_number)
-        threading.Event().wait(0.3)
+        assert child.stdout and child.stdout.readline() == b"nothing more is sent\n"
         server.release()
         child.communicate(timeout=30)
         assert len(server.requests) == 9
@@ -128,13 +134,13 @@ def test_a_second_signal_does_not_wait(tmp_path):
     path = tmp_path / "journal.jsonl"
     with Server(faults=lambda call: "stall" if call.number > 5 else "ok") as server:
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD + "run(*sys.argv[1:])", server.url, str(path)], env=ENVIRONMENT, stderr=-1
+            [sys.executable, "-c", CHILD + "run(*sys.argv[1:])", server.url, str(path)], env=ENVIRONMENT, stdout=-1, stderr=-1
         )
         while server.in_flight < 4 or len(server.requests) < 9:
             assert child.poll() is None
             threading.Event().wait(0.02)
         child.send_signal(signal.SIGINT)
-        threading.Event().wait(0.3)
+        assert child.stdout and child.stdout.readline() == b"nothing more is sent\n"
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=30)
     with Journal(path) as journal:
