@@ -7,7 +7,7 @@ from typing import Literal
 import dagster as dg
 from pydantic import Field
 
-from scopeatlas.subject.loading import SubjectModel
+from scopeatlas.subject.loading import BATCH_TOKENS, SubjectModel
 
 
 class SubjectResource(dg.ConfigurableResource):
@@ -29,10 +29,15 @@ class SubjectResource(dg.ConfigurableResource):
         default=None, gt=0, description="GiB that the SAEs of a run may use beside the model; empty takes 80 % of what is free."
     )
     cache: str = Field(default=".scopeatlas/models", description="Where a GGUF is unpacked, once.")
+    batch_tokens: int = Field(
+        default=BATCH_TOKENS,
+        gt=0,
+        description="Tokens of one batch; more on a GPU (16384). Another number makes other activations, in their last bits.",
+    )
 
     def open(self) -> SubjectModel:
         """The model, shared by all steps of this process so that it is loaded once."""
-        return _subject(self.name, self.revision, self.precision, self.device, self.cache, tuple(self.serves))
+        return _subject(self.name, self.revision, self.precision, self.device, self.cache, tuple(self.serves), self.batch_tokens)
 
     def memory_bytes(self) -> int | None:
         """`memory_gb` in bytes."""
@@ -47,5 +52,6 @@ def _subject(
     device: str,
     cache: str,
     serves: tuple[str, ...],
+    batch_tokens: int,
 ) -> SubjectModel:
-    return SubjectModel(name, revision, precision, device, Path(cache), serves=serves)
+    return SubjectModel(name, revision, precision, device, Path(cache), serves=serves, batch_tokens=batch_tokens)

@@ -1,34 +1,30 @@
 """The activation cache: one pass of the subject model over the corpus serves every SAE of the run.
 
-What belongs here: the shared pass and its resumption. What does not: what is gathered and written of each SAE
-(`accumulators.py`), the hooks (`subject/capture.py`), what fits into memory together (`memory.py`), what null features
-are (`nulls.py`), what the figures mean (`fidelity.py`).
+What belongs here: what is pending, which SAEs share a pass, and what became of them. What does not: encoding a shard
+(`encoding.py`), where that is done (`runner/`), what fits into memory together (`memory.py`), what null features are
+(`nulls.py`), what the figures mean (`fidelity.py`).
 """
 
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
-from scopeatlas.activations.accumulators import NullAccumulator, ShardAccumulator
+from scopeatlas.activations.encoding import Encoded, Encoding, Failures, Job, Product
 from scopeatlas.activations.memory import Footprint, PassPlan, footprint_of, free_memory, plan_pass
-from scopeatlas.activations.nulls import Calibration, pending_nulls, read_null_features, write_null_features
-from scopeatlas.activations.reading import BATCH_CONTEXTS, read_sites
+from scopeatlas.activations.nulls import Calibration, pending_nulls, write_null_features
 from scopeatlas.corpus.build import Corpus
-from scopeatlas.corpus.contexts import Contexts
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary, reopen_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.dictionaries.validation import check_fits
 from scopeatlas.errors import DictionaryError, said
 from scopeatlas.runner.local import LocalRunner, Log, Progress, silent
+from scopeatlas.runner.work import ShardRunner
 from scopeatlas.storage.files import content_hash
 from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
-from scopeatlas.subject.capture import batches, capture
+from scopeatlas.subject.capture import capture
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class CacheResult:
 
 def activation_keys(corpus: Corpus, entry: SaeEntry, subject: SubjectModel) -> list[ShardKey]:
     """The shards of an SAE's activations over a corpus: which there are, and what determines their bytes."""
-    determined = (STAGE_VERSION, BATCH_CONTEXTS, entry.hashes, subject.identity, str(subject.resolved_dtype))
+    determined = (STAGE_VERSION, subject.batch_tokens, entry.hashes, subject.identity, str(subject.resolved_dtype))
     return [ShardKey(shard.name, content_hash(shard.identity, *determined)) for shard in corpus.shards]
 
 
@@ -67,106 +63,103 @@ def cache_activations(
     *,
     unneeded: Collection[str] = (),
     memory_bytes: int | None = None,
-    runner: LocalRunner | None = None,
+    runner: ShardRunner | None = None,
     log: Log = silent,
 ) -> CacheResult:
     """Encode every pending (SAE, shard) and commit each; finished ones are not touched.
 
     unneeded: SAE keys of which nothing downstream wants activations any more; their pruned shards stay pruned.
-    memory_bytes: what may be used on the subject model's device; None takes what is free.
+    memory_bytes: what may be used beside the subject model on its device, by each of the runner's workers; None takes what is
+    free. runner: where shards are encoded, in this process by default; the bytes do not depend on it, as long as device,
+    precision and torch's threads are the same.
 
     Beside each SAE go its null features (`nulls.py`), which are made in the same passes; those of an SAE that is finished
-    already cost a pass of their own. An SAE that cannot be loaded, does not fit its site or does not fit into memory is left out, named in `failed` and
-    recorded in the store; the others go on. Cost: one forward pass to the last site per shard that any SAE still
-    needs, times the number of chunks that memory makes necessary (one, as a rule; the plan is logged beforehand).
+    already cost a pass of their own. An SAE that cannot be loaded, does not fit its site or does not fit into memory is left
+    out, named in `failed` and recorded in the store; the others go on. Cost: one forward pass to the last site per shard that
+    any SAE still needs, times the number of chunks that memory makes necessary (one, as a rule; the plan is logged
+    beforehand). Raises RunnerError if a shard cannot be encoded at all; what was committed by then is not done again.
     """
     store.require_writable()
+    runner = runner or LocalRunner()
     calibration = Calibration(corpus, subject)
     pending, reused = _pending(store, corpus, entries, subject, calibration, unneeded)
-    works = {work for wanted in pending.values() for work in wanted}
-    failures = Failures(store)
-    opened = _check_all([e for e in entries if e.key in {work.sae for work in works}], works, subject, failures, log)
-    plan = _plan(store, corpus, pending, opened, subject, memory_bytes)
+    products = {product for wanted in pending.values() for product in wanted}
+    failures = _RecordedFailures(store)
+    opened = _check_all([e for e in entries if e.key in {p.sae for p in products}], products, subject, failures, log)
+    if not opened:
+        return CacheResult(0, reused, 0, 0.0, failed=failures.of_activations)
+    tokens = {shard: int(corpus.contexts(shard).lengths().sum()) for shard in pending}
+    available = _available(subject, runner) if memory_bytes is None else memory_bytes
+    plan = _plan(store, pending, tokens, opened, subject, device=runner.device, available=available)
     for sae, reason in plan.refused.items():
-        failures.add(_works_of(sae, works), reason)
-    chunks = [[opened[sae][0] for sae in chunk] for chunk in plan.chunks]
-    passes = [_Pass(store, corpus, chunk, subject, pending, calibration, failures) for chunk in chunks]
-    total = sum(p.tokens for p in passes)
-    if reused and total:
-        to_do = [work.stage for p in passes for _, wanted in p.jobs for work in wanted]
-        log(f"activation cache: {reused} shards are there already, {to_do.count('activations')} to do")
-        if len(to_do) > 2 * to_do.count("activations"):
-            log(f"activation cache: null features are missing on {to_do.count('nulls')} shards")
-    for line in plan.lines() if total else ():
+        failures.add(_products_of(sae, products), reason)
+    passes = [([opened[sae][0] for sae in chunk], _jobs(corpus, chunk, pending)) for chunk in plan.chunks]
+    total = sum(tokens[job.shard] for _, jobs in passes for job in jobs)
+    for line in _announced(plan, [job for _, jobs in passes for job in jobs], reused):
         log(f"activation cache: {line}")
     progress = Progress("activation cache", total, "tokens", log)
-    done = [work.stage for p in passes for work in p.run(runner or LocalRunner(), progress)]
-    forward_passes = sum(p.forward_passes for p in passes)
+    done: list[Encoded] = []
+    for chunk, jobs in passes:
+        made = tuple(dict.fromkeys(product for job in jobs for product in job.wanted))
+        directions = _draw_nulls(store, corpus, chunk, made, subject, calibration, failures)
+        sound = tuple(product for product in made if not failures.has(product))
+        work = Encoding(store, corpus, tuple(chunk), sound, directions, subject)
+        for encoded in runner.map(work, jobs):
+            done.append(encoded)
+            failures.learn(encoded.failed)
+            progress.advance(encoded.tokens)
+    forward_passes = sum(encoded.forward_passes for encoded in done)
     if total:
         progress.finish()
-        log(f"activation cache: {forward_passes:,} forward passes served {sum(len(c) for c in plan.chunks)} SAEs")
+        log(f"activation cache: {forward_passes:,} forward passes served {sum(len(chunk) for chunk in plan.chunks)} SAEs")
+    stages = [product.stage for encoded in done for product in encoded.committed]
     return CacheResult(
-        shards_done=done.count("activations"),
+        shards_done=stages.count("activations"),
         shards_reused=reused,
         tokens=total,
         seconds=progress.seconds if total else 0.0,
         forward_passes=forward_passes,
         failed=failures.of_activations,
-        nulls_done=done.count("nulls"),
+        nulls_done=stages.count("nulls"),
     )
 
 
-class Work(NamedTuple):
-    """What is to be made of an SAE: its activations, or those of its null features."""
-
-    sae: str
-    stage: Literal["activations", "nulls"]
+Pending = dict[ShardKey, dict[Product, ShardKey]]
 
 
-Pending = dict[ShardKey, dict[Work, ShardKey]]
+def _products_of(sae: str, products: Iterable[Product]) -> list[Product]:
+    return [product for product in products if product.sae == sae]
 
 
-def _works_of(sae: str, works: Iterable[Work]) -> list[Work]:
-    return [work for work in works if work.sae == sae]
-
-
-class Failures:
-    """What could not be made, and why: named in the store, and left out of what follows.
-
-    An SAE that fails takes its null features with it; null features fail alone.
-    """
+class _RecordedFailures(Failures):
+    """What could not be made, named in the store as well."""
 
     NAMES = {"activations": "activation_cache", "nulls": "null_features"}
 
     def __init__(self, store: Store):
+        super().__init__()
         self.store = store
-        self._reasons: dict[Work, str] = {}
 
     @property
     def of_activations(self) -> dict[str, str]:
         """sae key -> why it has no activations."""
-        return {work.sae: reason for work, reason in self._reasons.items() if work.stage == "activations"}
+        return {product.sae: reason for product, reason in self.reasons.items() if product.stage == "activations"}
 
-    def has(self, work: Work) -> bool:
-        return work in self._reasons or work.sae in self.of_activations
+    def add(self, products: Collection[Product], reason: str) -> None:
+        super().add(products, reason)
+        self.remember([*products, *(Product(product.sae, "nulls") for product in products)])
 
-    def add(self, works: Collection[Work], reason: str) -> None:
-        self._reasons |= dict.fromkeys(works, reason)
-        self.remember([*works, *(Work(work.sae, "nulls") for work in works)])
+    def learn(self, reasons: Mapping[Product, str]) -> None:
+        """Add what a worker has given up; what was known before keeps its reason."""
+        for product, reason in reasons.items():
+            if not self.has(product):
+                self.add([product], reason)
 
-    def remember(self, works: Iterable[Work]) -> None:
-        """Make the store say of `works` what is known by now."""
-        for work in works:
-            told = work.stage == "nulls" and work.sae in self.of_activations
-            self.store.record_error(work.sae, self.NAMES[work.stage], None if told else self._reasons.get(work))
-
-    @contextmanager
-    def alone(self, *works: Work) -> Iterator[None]:
-        """Whatever goes wrong inside is about these works alone."""
-        try:
-            yield
-        except Exception as error:
-            self.add(works, said(error))
+    def remember(self, products: Iterable[Product]) -> None:
+        """Make the store say of `products` what is known by now."""
+        for product in products:
+            told = product.stage == "nulls" and product.sae in self.of_activations
+            self.store.record_error(product.sae, self.NAMES[product.stage], None if told else self.reasons.get(product))
 
 
 def _pending(
@@ -186,13 +179,13 @@ def _pending(
             if stage.is_done(key, or_pruned=entry.key in unneeded):
                 reused += 1
             else:
-                pending.setdefault(shard, {})[Work(entry.key, "activations")] = key
+                pending.setdefault(shard, {})[Product(entry.key, "activations")] = key
         if entry.key in unneeded:
             continue
         missing = pending_nulls(store.stage(entry.key, corpus.id, "nulls"), calibration.keys(entry))
         for shard, key in zip(corpus.shards, missing, strict=True):
             if key is not None:
-                pending.setdefault(shard, {})[Work(entry.key, "nulls")] = key
+                pending.setdefault(shard, {})[Product(entry.key, "nulls")] = key
     return pending, reused
 
 
@@ -200,12 +193,12 @@ Opened = dict[str, tuple[SaeEntry, Footprint]]
 
 
 def _check_all(
-    entries: Sequence[SaeEntry], works: Collection[Work], subject: SubjectModel, failures: Failures, log: Log
+    entries: Sequence[SaeEntry], products: Collection[Product], subject: SubjectModel, failures: _RecordedFailures, log: Log
 ) -> Opened:
     """Open every dictionary that the pass needs, one after the other; what cannot serve is among the failures."""
     opened: Opened = {}
     for entry in entries:
-        mine = _works_of(entry.key, works)
+        mine = _products_of(entry.key, products)
         with failures.alone(*mine):
             dictionary = open_dictionary(entry)
             _try_sites(dictionary, entry, subject)
@@ -231,118 +224,86 @@ def _try_sites(dictionary: SparseDictionary, entry: SaeEntry, subject: SubjectMo
 
 
 def _plan(
-    store: Store, corpus: Corpus, pending: Pending, opened: Opened, subject: SubjectModel, memory_bytes: int | None
+    store: Store,
+    pending: Pending,
+    tokens: Mapping[ShardKey, int],
+    opened: Opened,
+    subject: SubjectModel,
+    *,
+    device: str | None,
+    available: int,
 ) -> PassPlan:
-    length = corpus.facts["context_length"]
-    tokens = {sae: 0 for sae in opened}
-    for shard, wanted in pending.items():
-        saes = {work.sae for work in wanted if work.stage == "activations"} & opened.keys()
-        contexts = len(corpus.contexts(shard)) if saes else 0
-        for sae in saes:
-            tokens[sae] += contexts * length
+    """tokens: of each shard. device: of the runner's workers, None for the subject model's own."""
+    of_sae = {
+        sae: sum(tokens[shard] for shard, wanted in pending.items() if Product(sae, "activations") in wanted) for sae in opened
+    }
     return plan_pass(
         {sae: footprint for sae, (_, footprint) in opened.items()},
-        tokens=tokens,
-        batch_tokens=BATCH_CONTEXTS * length,
-        shard_tokens=max((len(corpus.contexts(shard)) * length for shard in pending), default=0),
-        device=str(subject.resolved_device),
-        available=free_memory(subject.resolved_device) if memory_bytes is None else memory_bytes,
+        tokens=of_sae,
+        batch_tokens=subject.batch_tokens,
+        shard_tokens=max(tokens.values()),
+        device=device or str(subject.resolved_device),
+        available=available,
         store=store.root,
     )
 
 
-class _Pass:
-    """One pass of the subject model over the shards that a chunk of SAEs still needs."""
+class _FreeMemory:
+    """Work that says how many bytes are free where it is done."""
 
-    def __init__(
-        self,
-        store: Store,
-        corpus: Corpus,
-        entries: Sequence[SaeEntry],
-        subject: SubjectModel,
-        pending: Pending,
-        calibration: Calibration,
-        failures: Failures,
-    ):
-        self.subject, self.calibration, self.failures = subject, calibration, failures
-        self.entries = {entry.key: entry for entry in entries}
-        self.jobs = [
-            (corpus.contexts(shard), wanted)
-            for shard in corpus.shards
-            if (wanted := {work: key for work, key in pending.get(shard, {}).items() if work.sae in self.entries})
-        ]
-        self.works = list(dict.fromkeys(work for _, wanted in self.jobs for work in wanted))
-        self.stages = {work: store.stage(work.sae, corpus.id, work.stage) for work in self.works}
-        self.forward_passes = 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(int(contexts.lengths().sum()) for contexts, _ in self.jobs)
-
-    def run(self, runner: LocalRunner, progress: Progress) -> list[Work]:
-        """Encode every job; returns what was committed, once for each shard."""
-        dictionaries = self._open()
-
-        def encode(job: tuple[Contexts, dict[Work, ShardKey]]) -> list[Work]:
-            contexts, wanted = job
-            sound = {work: dictionaries[work] for work in wanted if work in dictionaries and not self.failures.has(work)}
-            return self._encode_shard(contexts, sound, wanted, progress) if sound else []
-
-        return [work for done in runner.map(encode, self.jobs) for work in done]
-
-    def _open(self) -> dict[Work, SparseDictionary]:
-        """What encodes each work; nothing for the null features of an SAE that has none."""
-        opened: dict[Work, SparseDictionary] = {}
-        for sae, entry in self.entries.items():
-            mine = _works_of(sae, self.works)
-            with self.failures.alone(*mine):
-                opened |= dict.fromkeys(mine, reopen_dictionary(entry).to(self.subject.resolved_device))
-        likes = {work: opened.pop(work) for work in self.works if work.stage == "nulls" and work in opened}
-        keys = {work: self.calibration.keys(self.entries[work.sae]) for work in likes}
-        undrawn = {work: like for work, like in likes.items() if not self.stages[work].is_done(keys[work].directions)}
-        drawn, failed = self.calibration.draw(undrawn, keys)
-        for work, error in failed.items():
-            self.failures.add([work], said(error))
-        for work, nulls in drawn.items():
-            write_null_features(self.stages[work], keys[work].directions, nulls)
-        for work in likes.keys() - failed.keys():
-            nulls = read_null_features(self.stages[work], keys[work].directions)
-            if len(nulls.matched):
-                opened[work] = nulls.as_dictionary(likes[work])
-        return opened
-
-    def _encode_shard(
-        self,
-        contexts: Contexts,
-        dictionaries: Mapping[Work, SparseDictionary],
-        keys: Mapping[Work, ShardKey],
-        progress: Progress,
-    ) -> list[Work]:
-        """Encode one shard with every dictionary and commit it; returns for which that went well."""
+    def open(self, device: str | None) -> Callable[[str], int]:
         import torch
 
-        started = time.monotonic()
-        accumulators: dict[Work, ShardAccumulator | NullAccumulator] = {}
-        for work, dictionary in dictionaries.items():
-            with self.failures.alone(work):
-                accumulators[work] = (
-                    NullAccumulator(dictionary) if work.stage == "nulls" else ShardAccumulator(dictionary, contexts)
-                )
-        sites = {site for accumulator in accumulators.values() for site in accumulator.sites}
-        for rows in batches(contexts.tokens, BATCH_CONTEXTS):
-            flat, positions = read_sites(contexts, rows, self.subject, sites)
-            self.forward_passes += 1
-            for work, accumulator in accumulators.items():
-                with self.failures.alone(work):
-                    accumulator.add(flat, positions)
-            accumulators = {work: a for work, a in accumulators.items() if not self.failures.has(work)}
-            progress.advance(int((contexts.tokens[rows] >= 0).sum()))
-        facts: dict[str, object] = {
-            "dtype": str(self.subject.resolved_dtype),
-            "threads": torch.get_num_threads(),
-            "device": self.subject.resolved_device.type,
-            "seconds": round(time.monotonic() - started, 2),
-        }
-        for work, accumulator in accumulators.items():
-            accumulator.write(self.stages[work], keys[work], facts)
-        return list(accumulators)
+        return lambda _: free_memory(torch.device(device or "cpu"))
+
+
+def _available(subject: SubjectModel, runner: ShardRunner) -> int:
+    """Bytes for the SAEs of a pass: what is free beside the subject model, in this process or on one of the runner's workers."""
+    if runner.device is None:
+        return free_memory(subject.resolved_device)
+    (free,) = runner.map(_FreeMemory(), ["of measuring free memory"])
+    model = sum(parameter.nbytes for parameter in subject.model.parameters())
+    return max(0, free // runner.sharing - model)
+
+
+def _jobs(corpus: Corpus, saes: Collection[str], pending: Pending) -> list[Job]:
+    """What is pending of some SAEs, shard by shard."""
+    jobs = [Job(shard, {p: key for p, key in pending.get(shard, {}).items() if p.sae in saes}) for shard in corpus.shards]
+    return [job for job in jobs if job.wanted]
+
+
+def _announced(plan: PassPlan, jobs: Sequence[Job], reused: int) -> Iterator[str]:
+    """What is about to be done, before it is; nothing if it is nothing."""
+    stages = [product.stage for job in jobs for product in job.wanted]
+    if stages and reused:
+        yield f"{reused} shards are there already, {stages.count('activations')} to do"
+        if len(stages) > 2 * stages.count("activations"):
+            yield f"null features are missing on {stages.count('nulls')} shards"
+    if stages:
+        yield from plan.lines()
+
+
+def _draw_nulls(
+    store: Store,
+    corpus: Corpus,
+    entries: Sequence[SaeEntry],
+    products: Collection[Product],
+    subject: SubjectModel,
+    calibration: Calibration,
+    failures: Failures,
+) -> dict[str, ShardKey]:
+    """Draw null directions where they are wanted and not there: once, before any worker reads them. Their keys, by SAE."""
+    wanted = [entry for entry in entries if Product(entry.key, "nulls") in products]
+    stages = {entry.key: store.stage(entry.key, corpus.id, "nulls") for entry in wanted}
+    keys = {entry.key: calibration.keys(entry) for entry in wanted}
+    likes: dict[str, SparseDictionary] = {}
+    for entry in wanted:
+        if not stages[entry.key].is_done(keys[entry.key].directions):
+            with failures.alone(*_products_of(entry.key, products)):
+                likes[entry.key] = reopen_dictionary(entry).to(subject.resolved_device)
+    drawn, failed = calibration.draw(likes, keys)
+    for sae, error in failed.items():
+        failures.add([Product(sae, "nulls")], said(error))
+    for sae, nulls in drawn.items():
+        write_null_features(stages[sae], keys[sae].directions, nulls)
+    return {sae: mine.directions for sae, mine in keys.items()}

@@ -6,21 +6,21 @@ else an SAE might be read (`alternatives.py`).
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
 from scopeatlas.activations.alternatives import PROBE_TOKENS, Fit, bf16_flips, try_alternatives
 from scopeatlas.activations.cache import activation_keys
-from scopeatlas.activations.shards import read_shard
+from scopeatlas.activations.shards import read_tiles
 from scopeatlas.activations.splicing import ABLATION_TOKENS, SPLICE_TOKENS, Splices
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
-from scopeatlas.errors import said
+from scopeatlas.errors import NotReadyError, said
 from scopeatlas.runner.local import Log, silent
-from scopeatlas.storage.files import content_hash, read_json, write_json
+from scopeatlas.storage.files import content_hash, read_json_if_there, write_json
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import Location, readable
 from scopeatlas.subject.capture import counting_passes
 from scopeatlas.subject.loading import SubjectModel
 
@@ -151,7 +151,8 @@ def _fidelity(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectMod
     chosen = (SPLICE_TOKENS, ABLATION_TOKENS, PROBE_TOKENS)
     identity = content_hash(STAGE_VERSION, chosen, [key.identity for key in keys])
     path = fidelity_path(store, corpus.id, entry.key)
-    if path.exists() and (body := read_json(path))["identity"] == identity:
+    body = read_json_if_there(path)
+    if body is not None and body["identity"] == identity:
         return _from_json(body["fidelity"])
     dictionary = open_dictionary(entry).to(subject.resolved_device)
     fidelity = Fidelity(
@@ -170,17 +171,16 @@ def _from_json(body: dict) -> Fidelity:
     return Fidelity(**{**body, "fits": [Fit(**fit) for fit in body["fits"]]})
 
 
-def fidelity_path(store: Store, corpus_id: str, sae: str) -> Path:
+def fidelity_path(store: Store, corpus_id: str, sae: str) -> Location:
     return store.stage(sae, corpus_id, "activations").root / "fidelity.json"
 
 
 def read_fidelity(store: Store, corpus_id: str, sae: str) -> Fidelity | None:
     """The fidelity measured last, if any."""
-    path = fidelity_path(store, corpus_id, sae)
-    if not path.exists():
+    body = read_json_if_there(fidelity_path(store, corpus_id, sae))
+    if body is None or "fits" not in body["fidelity"]:  # an earlier version's is measured again
         return None
-    body = read_json(path)["fidelity"]
-    return _from_json(body) if "fits" in body else None  # an earlier version's is measured again
+    return _from_json(body["fidelity"])
 
 
 def _moments(
@@ -191,10 +191,13 @@ def _moments(
     total: dict[str, np.ndarray] = {}
     fired = np.zeros(width, dtype=np.int64)
     for key in activation_keys(corpus, entry, subject):
-        stage.record(key)
-        with np.load(stage.data_path(key, ".moments.npz")) as moments:
+        path = stage.data_path(key, ".moments.npz")
+        if path.name not in stage.record(key).files:
+            raise NotReadyError(f"the activations of shard {key.name} were imported without the moments that fidelity needs")
+        with np.load(readable(path)) as moments:
             total = {name: total.get(name, 0) + moments[name] for name in moments.files}
-        fired += np.bincount(read_shard(stage.data_path(key, ".parquet")).feature, minlength=width)
+        for tile in read_tiles(stage.data_path(key, ".parquet")):
+            fired += np.bincount(tile.feature, minlength=width)
     report = {name: moment[SPLITS.index("report")] for name, moment in total.items()}
     whole = {name: moment.sum(axis=0) for name, moment in total.items()}
     return {

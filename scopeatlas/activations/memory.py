@@ -5,26 +5,29 @@ What belongs here: the estimate, and which SAEs go through the subject model tog
 """
 
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scopeatlas.activations.shards import SPILL_BYTES
 from scopeatlas.dictionaries import sparse
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.storage.files import human_bytes
+from scopeatlas.storage.uris import Location
 from scopeatlas.subject.sites import Site
 
 if TYPE_CHECKING:
     import torch
 
 FLOAT = 4
-BYTES_HELD = 10
-"""In memory, for each non-zero of the shard under way: feature, token, value."""
-BYTES_WRITTEN = 40
-"""The same while a shard is sorted and written, one SAE after the other."""
-BYTES_PER_NONZERO = 4
-"""On disk, of a shard: 2.9 to 3.0 on the demo release, more where fewer activations lie close together."""
+BYTES_HELD = 8
+"""In memory, for each non-zero of the shard under way, until SPILL_BYTES of an SAE are full (`shards.py`)."""
+MERGE_BYTES = 64 << 20
+"""At most, while a shard is merged and written, one SAE after the other."""
+BYTES_PER_NONZERO = 3.0
+"""On disk, of a shard: 2.3 on the demo release, 3.0 at a width of 65k and an L0 of 50 (`bench/shards.py`)."""
 USUAL_L0 = 100.0
 """Assumed of a dictionary that does not say."""
 NULL_FEATURES = 256
@@ -58,7 +61,7 @@ class Footprint:
 
     def working(self, tokens: int) -> int:
         """Bytes while a batch of so many tokens is encoded and decoded, besides weights and site activations."""
-        return self.temporary * tokens + 2 * min(sparse.TILE_BYTES, self.tile * tokens)
+        return self.temporary * tokens + 2 * min(max(sparse.TILE_BYTES.values()), self.tile * tokens)
 
 
 def footprint_of(dictionary: SparseDictionary) -> Footprint:
@@ -126,7 +129,7 @@ def plan_pass(
     shard_tokens: int,
     device: str,
     available: int,
-    store: Path,
+    store: Location,
 ) -> PassPlan:
     """Group SAEs, in order, into chunks that fit into memory together; refuse those that do not fit alone or on disk.
 
@@ -140,7 +143,7 @@ def plan_pass(
         return sum(f.resident + f.nulls for f in together) + batch_bytes(together, batch_tokens) + on_host
 
     disk = {sae: int(tokens[sae] * f.l0 * BYTES_PER_NONZERO) for sae, f in footprints.items()}
-    room = int(shutil.disk_usage(_existing(store)).free * SHARE_OF_FREE)
+    room = int(shutil.disk_usage(_existing(store)).free * SHARE_OF_FREE) if isinstance(store, Path) else sys.maxsize
     chunks: list[list[str]] = []
     refused: dict[str, str] = {}
     for sae, footprint in footprints.items():
@@ -169,9 +172,9 @@ def plan_pass(
 
 
 def held_bytes(together: Iterable[Footprint], shard_tokens: int) -> int:
-    """Bytes of main memory for the non-zeros of a shard: of every SAE while they gather, once more of the one written."""
-    nonzeros = [f.l0 * shard_tokens for f in together]
-    return int(BYTES_HELD * sum(nonzeros) + BYTES_WRITTEN * max(nonzeros))
+    """Bytes of main memory for the non-zeros of a shard: of every SAE while they gather, and what merging one takes."""
+    each = [int(BYTES_HELD * f.l0 * shard_tokens) for f in together]
+    return sum(min(held, SPILL_BYTES) for held in each) + min(max(each), MERGE_BYTES)
 
 
 def batch_bytes(together: Iterable[Footprint], batch_tokens: int) -> int:

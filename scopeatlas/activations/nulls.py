@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from scopeatlas.activations.memory import NULL_FEATURES, NULL_TOKENS
-from scopeatlas.activations.reading import BATCH_CONTEXTS, read_sites
+from scopeatlas.activations.reading import read_batches
 from scopeatlas.activations.shards import ActivationShard, read_shard, round_values
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.corpus.contexts import Contexts, join_contexts
@@ -21,13 +21,13 @@ from scopeatlas.dictionaries.sparse import Activation, LayerWeights, SparseDicti
 from scopeatlas.storage.files import atomic_path, content_hash
 from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
-from scopeatlas.subject.capture import batches
+from scopeatlas.storage.uris import readable
 from scopeatlas.subject.loading import SubjectModel
 
 if TYPE_CHECKING:
     import torch
 
-NULL_VERSION = 1
+NULL_VERSION = 2
 MIN_FIRINGS = 5
 """A feature that fires on fewer tokens of the calibration text has no density to speak of there, and is not matched."""
 MAX_DENSITY = 0.2
@@ -81,7 +81,13 @@ class Calibration:
             if sum(map(len, found)) == wanted:
                 break
         self.contexts = join_contexts(found)
-        self._determined = (NULL_VERSION, BATCH_CONTEXTS, self.contexts.identity(), subject.identity, str(subject.resolved_dtype))
+        self._determined = (
+            NULL_VERSION,
+            subject.batch_tokens,
+            self.contexts.identity(),
+            subject.identity,
+            str(subject.resolved_dtype),
+        )
 
     def keys(self, entry: SaeEntry) -> NullKeys:
         """The identities of an SAE's null features."""
@@ -97,11 +103,11 @@ class Calibration:
         failed: dict[Asked, Exception] = {}
         matches = {asked: _Match(dictionary, keys[asked].directions.identity) for asked, dictionary in dictionaries.items()}
         single = {asked: match for asked, match in matches.items() if not match.dictionary.is_multi_layer}
-        for rows in batches(self.contexts.tokens, BATCH_CONTEXTS) if single else ():
-            flat, _ = read_sites(self.contexts, rows, self.subject, {match.site for match in single.values()})
+        sites = {match.site for match in single.values()}
+        for batch in read_batches(self.contexts, self.subject, sites) if single else ():
             for asked in [asked for asked in single if asked not in failed]:
                 try:
-                    single[asked].add(flat[single[asked].site])
+                    single[asked].add(batch.acts[single[asked].site])
                 except Exception as error:
                     failed[asked] = error
         return {asked: match.features() for asked, match in matches.items() if asked not in failed}, failed
@@ -158,7 +164,7 @@ def write_null_features(stage: StageFolder, key: ShardKey, nulls: NullFeatures) 
 def read_null_features(stage: StageFolder, key: ShardKey) -> NullFeatures:
     """The directions that were written. Raises NotReadyError if none were."""
     stage.record(key)
-    with np.load(stage.data_path(key, ".npz")) as saved:
+    with np.load(readable(stage.data_path(key, ".npz"))) as saved:
         return NullFeatures(saved["matched"], saved["w_enc"], saved["b_enc"], saved["threshold"])
 
 

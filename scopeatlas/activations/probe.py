@@ -4,12 +4,12 @@ What belongs here: texts through the subject model and one SAE. What does not: t
 says about a label (`labels/falsification.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from scopeatlas.activations.reading import read_sites
+from scopeatlas.activations.reading import SiteBatch, read_batches
 from scopeatlas.activations.shards import round_values
 from scopeatlas.corpus.contexts import Contexts
 from scopeatlas.dictionaries.sparse import SparseDictionary
@@ -18,7 +18,6 @@ from scopeatlas.subject.vocabulary import token_texts
 
 CONTEXT_TOKENS = 512
 """A longer text is read in consecutive contexts of so many tokens, BOS in front of each, as the corpus is."""
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,10 @@ class Probe:
         Cost: one forward pass to the last input site over all tokens, texts of like length together.
         """
         ids = [self._ids(text) for text in texts]
-        found = [self._read(batch) for batch in _batches(_pieces(ids, CONTEXT_TOKENS - len(self._front)))]
+        pieces = _pieces(ids, CONTEXT_TOKENS - len(self._front))
+        contexts = _as_contexts(pieces, self._front)
+        batches = read_batches(contexts, self.subject, set(self.dictionary.sites_in))
+        found = [self._read(batch, pieces, contexts.tokens.shape[1]) for batch in batches]
         text, position, feature, value = (
             np.concatenate([part[i] for part in found]) if found else np.zeros(0, dtype=np.int64) for i in range(4)
         )
@@ -82,16 +84,14 @@ class Probe:
     def _ids(self, text: str) -> list[int]:
         return self.subject.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
-    def _read(self, batch: list[_Piece]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _read(self, batch: SiteBatch, pieces: list[_Piece], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Text, position in the text, feature and value of everything that fires in a batch."""
-        sites = self.dictionary.sites_in
-        flat, positions = read_sites(_as_contexts(batch, self._front), slice(0, len(batch)), self.subject, set(sites))
-        acts = self.dictionary.encode([flat[site] for site in sites])
+        acts = self.dictionary.encode([batch.acts[site] for site in self.dictionary.sites_in])
         scale = self.dictionary.value_scale
         rounded = round_values(acts.value.cpu().numpy(), scale)
         fires = rounded > 0
-        row, column = np.divmod(positions[acts.token.cpu().numpy()[fires]], len(self._front) + max(len(p.ids) for p in batch))
-        text, start = (np.array([getattr(piece, name) for piece in batch]) for name in ("text", "start"))
+        row, column = np.divmod(batch.positions[acts.token.cpu().numpy()[fires]], width)
+        text, start = (np.array([getattr(piece, name) for piece in pieces]) for name in ("text", "start"))
         value = rounded[fires].astype(np.float32) * np.float32(scale)
         return text[row], start[row] + column - len(self._front), acts.feature.cpu().numpy()[fires], value
 
@@ -100,22 +100,10 @@ def _pieces(ids: Sequence[list[int]], size: int) -> list[_Piece]:
     return [_Piece(i, s, text[s : s + size]) for i, text in enumerate(ids) for s in range(0, len(text), size)]
 
 
-def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """The pieces by length, as many at a time as make BATCH_TOKENS tokens with their padding."""
-    batch: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda p: len(p.ids)):
-        if batch and (len(batch) + 1) * (len(piece.ids) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
-
-
-def _as_contexts(batch: list[_Piece], front: list[int]) -> Contexts:
-    """A batch as a table of contexts, which are of no document and no split."""
-    tokens = np.full((len(batch), len(front) + max(len(piece.ids) for piece in batch)), -1, dtype=np.int32)
-    for row, piece in zip(tokens, batch, strict=True):
+def _as_contexts(pieces: list[_Piece], front: list[int]) -> Contexts:
+    """Pieces as a table of contexts, which are of no document and no split."""
+    n, longest = len(pieces), max((len(piece.ids) for piece in pieces), default=0)
+    tokens = np.full((n, len(front) + longest), -1, dtype=np.int32)
+    for row, piece in zip(tokens, pieces, strict=True):
         row[: len(front) + len(piece.ids)] = front + piece.ids
-    n = len(batch)
     return Contexts(np.zeros(n, dtype=np.int64), [""] * n, np.zeros(n, dtype=np.uint8), tokens)

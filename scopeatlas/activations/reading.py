@@ -1,10 +1,11 @@
 """Contexts through the subject model in batches: the activations of the positions that count, at some sites.
 
 What belongs here: what the shared pass, the calibration of null directions and the probing of texts have in common. What
-does not: what is encoded from those activations (`cache.py`, `nulls.py`, `probe.py`).
+does not: what is encoded from those activations (`accumulators.py`, `nulls.py`, `probe.py`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
 
     from scopeatlas.subject.sites import Site
 
-BATCH_CONTEXTS = 16
+
+@dataclass(frozen=True)
+class SiteBatch:
+    """The tokens of one batch that count, T of them.
+
+    acts: at each site [T, d], in the model's dtype, on its device. positions: int64 [T], their places in the flattened table of
+    contexts. tokens: how many the model read, BOS and what else does not count among them, padding not.
+    """
+
+    acts: "dict[Site, torch.Tensor]"
+    positions: np.ndarray
+    tokens: int
 
 
 def text_mask(contexts: Contexts, subject: SubjectModel) -> np.ndarray:
@@ -30,16 +42,30 @@ def text_mask(contexts: Contexts, subject: SubjectModel) -> np.ndarray:
     return counted
 
 
-def read_sites(
-    contexts: Contexts, rows: slice, subject: SubjectModel, sites: "Collection[Site]"
-) -> "tuple[dict[Site, torch.Tensor], np.ndarray]":
-    """The activations [tokens, d] of some contexts at each site, of the positions that count, and those positions (of the
-    flattened table, int64 [tokens]). One forward pass to the last site."""
+def packed(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Rows of contexts of like length together, longest first, as many at a time as make `batch_tokens` with their padding.
+
+    lengths: int [n]. Yields int64 [rows], each row once, at least one at a time. It depends on nothing but the two arguments.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + max(1, batch_tokens // max(int(lengths[order[start]]), 1))
+        yield order[start:stop]
+        start = stop
+
+
+def read_batches(contexts: Contexts, subject: SubjectModel, sites: "Collection[Site]") -> Iterator[SiteBatch]:
+    """All contexts through the subject model, packed by length, one forward pass to the last site for each batch."""
     import torch
 
     device = subject.resolved_device
-    seen = capture(subject.model, torch.from_numpy(contexts.tokens[rows]).long().to(device), sites)
-    is_text = text_mask(contexts, subject)[rows]
-    mask = torch.from_numpy(is_text).to(device)
-    positions = np.flatnonzero(is_text) + rows.start * contexts.tokens.shape[1]
-    return {site: acts_bsd[mask] for site, acts_bsd in seen.items()}, positions
+    counted, lengths, width = text_mask(contexts, subject), contexts.lengths(), contexts.tokens.shape[1]
+    for rows in packed(lengths, subject.batch_tokens):
+        longest = int(lengths[rows].max())
+        seen = capture(subject.model, torch.from_numpy(contexts.tokens[rows, :longest]).long().to(device), sites)
+        is_text = counted[rows, :longest]
+        row, column = is_text.nonzero()
+        mask = torch.from_numpy(is_text).to(device)
+        acts = {site: acts_bsd[mask] for site, acts_bsd in seen.items()}
+        yield SiteBatch(acts, rows[row] * width + column, int(lengths[rows].sum()))

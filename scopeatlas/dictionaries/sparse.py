@@ -19,8 +19,9 @@ Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
 InputNorm = Literal["none", "token_norm", "layer_norm"]
 MULTI_LAYER: tuple[Kind, ...] = ("crosscoder", "clt")
 
-TILE_BYTES = 256 << 20
-"""Pre-activations are computed in feature tiles of at most this many bytes, so that no width needs more memory."""
+TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Pre-activations are computed in feature tiles of at most this many bytes, so that no width needs more memory. On a CPU
+a tile stays in the cache until it has been compared with its thresholds; a GPU wants few and large ones."""
 
 LAYER_NORM_EPS = 1e-5
 VALUE_SCALE_WITHOUT_THRESHOLDS = 16.0
@@ -339,67 +340,89 @@ def _encode_layer(x: "torch.Tensor", layer: LayerWeights, activation: Activation
     for tile, pre in _tiles(x, layer, multiple_of=group):
         if activation.function == "groupmax":
             best, which = pre.unflatten(1, (-1, group)).max(2)
-            token, number = (best > 0).nonzero(as_tuple=True)
-            found.append((token, number * group + which[token, number] + tile.start, best[token, number]))
+            token, number, value = _where(best > 0, best)
+            feature = number * group + which[token, number]
         elif layer.magnitude is not None:
             scale, shift = (part[tile].float() for part in layer.magnitude)
-            value = pre * scale + shift
-            token, feature = _where((pre > 0) & (value > 0), len(x), count, most)
-            found.append((token, feature + tile.start, value[token, feature]))
+            magnitude = pre * scale + shift
+            token, feature, value = _where((pre > 0) & (magnitude > 0), magnitude)
         else:
             floor = 0.0 if layer.threshold is None else layer.threshold[tile].float().clamp(min=0)
-            token, feature = _where(pre > floor, len(x), count, most)
-            found.append((token, feature + tile.start, pre[token, feature]))
-        count += len(found[-1][0])
+            token, feature, value = _where(pre > floor, pre)
+        found.append((token, feature + tile.start, value))
+        count += len(token)
+        if most is not None and count > most:
+            raise DictionaryError(
+                f"more than {most / max(len(x), 1):,.0f} features fire on the average token: the SAE is read at a wrong site "
+                "or normalisation, or of another subject model"
+            )
     if len(found) == 1:
         return found[0]
     token, feature, value = (torch.cat(column) for column in zip(*found, strict=True))
     return _by_token(token, feature, value)
 
 
-def _where(fires: "torch.Tensor", tokens: int, before: int, most: int | None) -> "tuple[torch.Tensor, ...]":
-    """The places where `fires` holds, found only if there are not too many with those `before`."""
-    if most is not None and before + int(fires.sum()) > most:
-        raise DictionaryError(
-            f"more than {most / max(tokens, 1):,.0f} features fire on the average token: the SAE is read at a wrong site or "
-            "normalisation, or of another subject model"
-        )
-    return fires.nonzero(as_tuple=True)
+def _where(fires: "torch.Tensor", values: "torch.Tensor") -> Found:
+    """Rows, columns and values [n] of the places of a tile where `fires` holds, in order."""
+    import torch
+
+    place = fires.flatten().nonzero().squeeze(1)  # one index to find and to gather by, not two
+    row = torch.div(place, fires.shape[1], rounding_mode="floor")
+    return row, place - row * fires.shape[1], values.flatten()[place]
 
 
 def _largest(x: "torch.Tensor", layer: LayerWeights, activation: Activation) -> Found:
-    """The k largest activations of each token, merged over tiles."""
+    """The k largest activations of each token, merged over tiles: after the first, only what exceeds a token's k-th so far
+    is looked at. Ties go to the lower feature, between tiles."""
     import torch
 
     assert activation.k is not None
-    best: torch.Tensor | None = None
-    where: torch.Tensor | None = None
+    best, where = x.new_zeros(len(x), 0), torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
     for tile, pre in _tiles(x, layer):
-        pre = pre if activation.function == "abstopk" else pre.relu()
+        if activation.function == "topk":
+            pre = pre.relu_()
         size = pre.abs() if activation.function == "abstopk" else pre
-        chosen = size.topk(min(activation.k, pre.shape[1]), dim=1).indices
-        values, chosen = pre.gather(1, chosen), chosen + tile.start
-        if best is not None and where is not None:
-            values, chosen = torch.cat([best, values], 1), torch.cat([where, chosen], 1)
-            kept = values.abs().topk(min(activation.k, values.shape[1]), dim=1).indices
-            values, chosen = values.gather(1, kept), chosen.gather(1, kept)
-        best, where = values, chosen
-    assert best is not None and where is not None
+        if best.shape[1] < activation.k:
+            chosen = size.topk(min(activation.k, pre.shape[1]), dim=1).indices
+            values = pre.gather(1, chosen)
+        else:
+            values, chosen = _padded(*_where(size > best.abs().amin(1, keepdim=True), pre), len(x))
+        best, where = torch.cat([best, values], 1), torch.cat([where, chosen + tile.start], 1)
+        if best.shape[1] > activation.k:
+            kept = best.abs().topk(activation.k, dim=1).indices
+            best, where = best.gather(1, kept), where.gather(1, kept)
     where, order = where.sort(dim=1)
     best = best.gather(1, order)
     token, slot = (best != 0).nonzero(as_tuple=True)
     return token, where[token, slot], best[token, slot]
 
 
-def _tiles(x: "torch.Tensor", layer: LayerWeights, *, multiple_of: int = 1) -> Iterator[tuple[slice, "torch.Tensor"]]:
-    """Feature ranges and their pre-activations [tokens, features], each of at most TILE_BYTES."""
+def _padded(row: "torch.Tensor", column: "torch.Tensor", value: "torch.Tensor", rows: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Places sorted by row as tables [rows, most in a row]: values, 0 where a row has fewer, and columns."""
     import torch
 
-    width = layer.w_enc.shape[1]
-    size = max(1, TILE_BYTES // (4 * max(len(x), 1)) // multiple_of) * multiple_of
+    counts = torch.bincount(row, minlength=rows)
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    values = value.new_zeros(rows, int(counts.max()))
+    columns = torch.zeros_like(values, dtype=torch.int64)
+    values[row, slot], columns[row, slot] = value, column
+    return values, columns
+
+
+def _tiles(x: "torch.Tensor", layer: LayerWeights, *, multiple_of: int = 1) -> Iterator[tuple[slice, "torch.Tensor"]]:
+    """Feature ranges and their pre-activations [tokens, features], each of at most TILE_BYTES.
+
+    One buffer serves every tile: what is yielded holds until the next is asked for.
+    """
+    import torch
+
+    width, tokens = layer.w_enc.shape[1], len(x)
+    size = max(1, TILE_BYTES[x.device.type] // (4 * max(tokens, 1)) // multiple_of) * multiple_of
+    buffer = x.new_empty(tokens * min(size, width))
     for start in range(0, width, size):
         tile = slice(start, min(start + size, width))
-        yield tile, torch.addmm(layer.b_enc[tile].float(), x, layer.w_enc[:, tile].float())
+        pre = buffer[: tokens * (tile.stop - start)].view(tokens, tile.stop - start)
+        yield tile, torch.addmm(layer.b_enc[tile].float(), x, layer.w_enc[:, tile].float(), out=pre)
 
 
 def _by_token(token: "torch.Tensor", feature: "torch.Tensor", value: "torch.Tensor") -> Found:

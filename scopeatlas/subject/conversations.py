@@ -30,10 +30,6 @@ class Conversation:
     tokens: np.ndarray
     roles: np.ndarray
 
-    def spoken(self) -> np.ndarray:
-        """bool [t]: the tokens of the turns' own text."""
-        return self.roles != TEMPLATE
-
 
 def tokenize_conversation(turns: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase") -> Conversation:
     """The tokens of (role, text) turns through the chat template, texts stripped as Gemma's templates do.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGE_PREFIX = "package:"
 Precision = Literal["auto", "float32", "bfloat16"]
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SubjectModel:
     serves: other names under which releases know this model, for a folder, a file or a package that does not say.
     random_seed: the same architecture and tokenizer with the weights that its configuration initialises, drawn with this
     seed, in place of the trained ones: what is found in such a model is no finding (Heap et al. 2025).
+    batch_tokens: of one batch, padding included; it determines the last bits of activations, so it is part of what they are.
     """
 
     name: str
@@ -43,6 +45,7 @@ class SubjectModel:
     cache: Path = Path(".scopeatlas/models")
     serves: tuple[str, ...] = ()
     random_seed: int | None = None
+    batch_tokens: int = BATCH_TOKENS
 
     def matches(self, model_name: str) -> bool:
         """Whether a release for `model_name` is one for this model.
@@ -89,10 +92,6 @@ class SubjectModel:
     @property
     def d_model(self) -> int:
         return self.config.hidden_size
-
-    @property
-    def n_layers(self) -> int:
-        return self.config.num_hidden_layers
 
     @cached_property
     def model(self) -> "PreTrainedModel":

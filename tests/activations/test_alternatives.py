@@ -177,8 +177,8 @@ def probe_of(stored: Stored):
 
 def test_bf16_flips_are_counted_as_those_of_a_dense_encoder(stored, subject, residual):
     generator = torch.Generator().manual_seed(int(torch.randint(1 << 30, (1,))))
-    w_enc = torch.nn.functional.normalize(torch.randn(640, 64, generator=generator), dim=0)
-    layer = LayerWeights(w_enc, torch.zeros(64), w_enc.T[:, None].contiguous(), torch.full((64,), 20.0))
+    w_enc = torch.nn.functional.normalize(torch.randn(640, 256, generator=generator), dim=0)  # of which about 60 flip
+    layer = LayerWeights(w_enc, torch.zeros(256), w_enc.T[:, None].contiguous(), torch.full((256,), 20.0))
     site = Site(1, "", "output")
     dictionary = SparseDictionary("sae", (site,), (site,), "", (layer,), torch.zeros(1, 640), Activation("jumprelu"))
     x = _text_activations(stored, subject)

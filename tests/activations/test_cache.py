@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
+from scopeatlas.activations.cache import activation_keys, cache_activations
 from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, held_bytes
 from scopeatlas.activations.nulls import Calibration
+from scopeatlas.activations.reading import packed
 from scopeatlas.activations.reading import text_mask as library_mask
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.documents import SPLITS
@@ -127,7 +128,7 @@ def test_one_forward_pass_serves_every_sae(fresh, subject):
         cache_activations(fresh.store, fresh.corpus, fresh.entries, subject)
     finally:
         handle.remove()
-    rows = [shape[0] for shape in contexts if shape[1] == fresh.corpus.facts["context_length"]]
+    rows = [shape[0] for shape in contexts if shape[1] > 2]  # sites are tried on two tokens
     assert sum(rows) == fresh.corpus.facts["contexts"] + len(Calibration(fresh.corpus, subject).contexts)
 
 
@@ -229,28 +230,33 @@ def shard_bytes(stored: Stored, entry: SaeEntry, subject) -> list[bytes]:
     return [stage.data_path(key, ".parquet").read_bytes() for key in activation_keys(stored.corpus, entry, subject)]
 
 
+def batches_of(stored: Stored, subject) -> int:
+    lengths = [stored.corpus.contexts(shard).lengths() for shard in stored.corpus.shards]
+    return sum(len(list(packed(of_shard, subject.batch_tokens))) for of_shard in lengths)
+
+
 def test_several_saes_at_several_sites_cost_the_forward_passes_of_one(fresh, small, subject, residual, tmp_path):
     elsewhere = {"hf_hook_point_in": "model.layers.0.output", "hf_hook_point_out": "model.layers.0.output"}
     third = entry_of(write_sae(tmp_path / "three", sae_tensors(residual, seed=7), **elsewhere))
     alone = cache_activations(fresh.store, fresh.corpus, small.entries[:1], subject)
     shared = cache_activations(fresh.store, fresh.corpus, [small.entries[1], third], subject)
-    batches = sum(-(-len(fresh.corpus.contexts(shard)) // BATCH_CONTEXTS) for shard in fresh.corpus.shards)
-    assert alone.forward_passes == shared.forward_passes == batches
+    assert alone.forward_passes == shared.forward_passes == batches_of(fresh, subject)
 
 
-def enough(stored: Stored, footprint: Footprint) -> int:
+def enough(stored: Stored, footprint: Footprint, subject) -> int:
     """Bytes that one SAE of this footprint needs over the corpus."""
-    shard = max(len(stored.corpus.contexts(shard)) for shard in stored.corpus.shards) * 64
-    return footprint.resident + footprint.nulls + batch_bytes([footprint], BATCH_CONTEXTS * 64) + held_bytes([footprint], shard)
+    shard = max(int(stored.corpus.contexts(shard).lengths().sum()) for shard in stored.corpus.shards)
+    batch = batch_bytes([footprint], subject.batch_tokens)
+    return footprint.resident + footprint.nulls + batch + held_bytes([footprint], shard)
 
 
 def test_what_does_not_fit_into_memory_together_is_split_and_gives_the_same_bytes(fresh, small, subject):
     said: list[str] = []
     one = footprint_of(open_dictionary(small.entry))
-    enough_for_one = enough(fresh, one)
+    enough_for_one = enough(fresh, one, subject)
     result = cache_activations(fresh.store, fresh.corpus, small.entries, subject, memory_bytes=enough_for_one, log=said.append)
     assert not result.failed and any("2 SAEs in 2 passes" in line for line in said)
-    assert result.forward_passes == 2 * sum(-(-len(fresh.corpus.contexts(s)) // BATCH_CONTEXTS) for s in fresh.corpus.shards)
+    assert result.forward_passes == 2 * batches_of(fresh, subject)
     for entry in small.entries:
         assert shard_bytes(fresh, entry, subject) == shard_bytes(small, entry, subject)
 
@@ -265,7 +271,7 @@ def test_an_sae_that_does_not_fit_alone_is_refused_with_the_number_and_the_other
         fresh.corpus,
         [wide, small.entry],
         subject,
-        memory_bytes=enough(fresh, one),
+        memory_bytes=enough(fresh, one, subject),
     )
     assert result.failed.keys() == {wide.key} and result.shards_done == len(fresh.corpus.shards)
     assert "of memory (weights 4.9 MB" in result.failed[wide.key] and "raise subject.memory_gb" in result.failed[wide.key]

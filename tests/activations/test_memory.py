@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from scopeatlas.activations import memory
-from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, plan_pass
+from scopeatlas.activations.memory import Footprint, batch_bytes, footprint_of, held_bytes, plan_pass
+from scopeatlas.activations.shards import SPILL_BYTES
 from scopeatlas.dictionaries.sparse import Activation, LayerWeights, LazyLayers, SparseDictionary
 from scopeatlas.storage.files import human_bytes
 from scopeatlas.subject.sites import Site
@@ -115,7 +116,10 @@ def test_the_non_zeros_of_a_shard_count_against_main_memory_and_not_against_a_gp
         )
         for device in ("cpu", "cuda:0")
     )
-    assert on_gpu.chunks == [["a", "b"]] and on_gpu.held == [
-        int(10_000 * one.l0 * (2 * memory.BYTES_HELD + memory.BYTES_WRITTEN))
-    ]
+    assert on_gpu.chunks == [["a", "b"]] and on_gpu.held == [int(3 * 10_000 * one.l0 * memory.BYTES_HELD)]
     assert not on_cpu.chunks and "a shard's non-zeros" in on_cpu.refused["a"]
+
+
+def test_what_a_shard_holds_stops_growing_where_it_is_spilled(one):
+    held = [held_bytes([one, one], tokens) for tokens in (10_000, 10**8, 10**9)]
+    assert held[0] < held[1] == held[2] == 2 * SPILL_BYTES + memory.MERGE_BYTES

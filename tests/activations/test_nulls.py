@@ -9,8 +9,9 @@ import torch
 
 from scopeatlas.activations import nulls as nulls_module
 from scopeatlas.activations.accumulators import NullAccumulator
-from scopeatlas.activations.cache import BATCH_CONTEXTS, activation_keys, cache_activations
+from scopeatlas.activations.cache import activation_keys, cache_activations
 from scopeatlas.activations.nulls import MIN_FIRINGS, Calibration, NullFeatures, null_matches, null_shards, read_null_features
+from scopeatlas.activations.reading import packed
 from scopeatlas.activations.shards import read_shard
 from scopeatlas.corpus.build import build_corpus
 from scopeatlas.dictionaries.releases import open_dictionary
@@ -18,6 +19,7 @@ from scopeatlas.hypotheses.nulls import null_firings
 from scopeatlas.hypotheses.units import Units
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.capture import counting_passes
+from scopeatlas.subject.loading import BATCH_TOKENS
 from tests.activations.test_cache import data_of
 from tests.conftest import SMALL, Stored, entry_of, text_mask
 from tests.multi_layer import multi_layer_tensors, seen_at, write_multi_layer
@@ -52,7 +54,7 @@ def hidden(tokens: np.ndarray, subject) -> torch.Tensor:
 
 
 def batches_of(stored: Stored) -> int:
-    return sum(-(-len(stored.corpus.contexts(shard)) // BATCH_CONTEXTS) for shard in stored.corpus.shards)
+    return sum(len(list(packed(stored.corpus.contexts(shard).lengths(), BATCH_TOKENS))) for shard in stored.corpus.shards)
 
 
 def test_a_null_feature_fires_as_often_on_the_calibration_text_as_the_feature_it_is_like(small, subject):
@@ -112,7 +114,8 @@ def test_null_features_cost_no_pass_of_their_own(small, subject, tmp_path):
         result = cache_activations(Store(tmp_path / "fresh"), small.corpus, small.entries, subject)
     assert result.forward_passes == batches_of(small) and result.nulls_done == result.shards_done == 2 * len(small.corpus.shards)
     tried = len(small.entries)
-    assert count.passes == result.forward_passes + tried + -(-len(Calibration(small.corpus, subject).contexts) // BATCH_CONTEXTS)
+    calibrating = len(list(packed(Calibration(small.corpus, subject).contexts.lengths(), BATCH_TOKENS)))
+    assert count.passes == result.forward_passes + tried + calibrating
 
 
 def test_nulls_that_a_finished_sae_lacks_cost_one_pass_and_leave_its_activations_alone(copy, small, subject):

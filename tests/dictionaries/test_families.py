@@ -115,7 +115,7 @@ def test_decode_gives_the_formula_s_reconstruction(opened):
 
 def test_encoding_in_narrow_feature_tiles_changes_no_feature(opened, monkeypatch):
     whole = opened.dictionary.encode(opened.x)
-    monkeypatch.setattr(sparse, "TILE_BYTES", 4 * len(opened.written.acts) * 7)
+    monkeypatch.setitem(sparse.TILE_BYTES, "cpu", 4 * len(opened.written.acts) * 7)
     tiled = opened.dictionary.encode(opened.x)
     assert torch.equal(tiled.token, whole.token) and torch.equal(tiled.feature, whole.feature)
     assert_close(dense(tiled, opened.dictionary), opened.written.acts)

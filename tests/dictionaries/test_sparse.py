@@ -60,6 +60,17 @@ def pre_activations(layer: LayerWeights, x: torch.Tensor) -> np.ndarray:
     return np.einsum("ti,if->tf", x.double().numpy(), layer.w_enc.double().numpy()) + layer.b_enc.double().numpy()
 
 
+def draw_clear(rng: np.random.Generator, tokens: int, layer: LayerWeights) -> torch.Tensor:
+    """Inputs [tokens, D_IN] that bring no pre-activation so close to its threshold, or to 0, that float32 might decide otherwise."""
+    x, near = draw(rng, tokens, D_IN), np.ones(tokens, dtype=bool)
+    floor = 0.0 if layer.threshold is None else layer.threshold.double().numpy()
+    while near.any():
+        x[near] = draw(rng, int(near.sum()), D_IN)
+        pre = pre_activations(layer, x)
+        near = (np.minimum(np.abs(pre - floor), np.abs(pre)) < 1e-4).any(axis=1)
+    return x
+
+
 def jumprelu(layer: LayerWeights, x: torch.Tensor) -> np.ndarray:
     """In float64, one activation at a time."""
     pre, threshold = pre_activations(layer, x), layer.threshold.double().numpy()
@@ -73,8 +84,8 @@ def assert_sorted(acts: SparseActivations, width: int) -> None:
 
 @pytest.mark.parametrize("tile_bytes", [256 << 20, 4 * 30 * 7, 1])
 def test_encoding_equals_a_loop_over_every_activation(transcoder, rng, monkeypatch, tile_bytes):
-    monkeypatch.setattr(sparse, "TILE_BYTES", tile_bytes)
-    x = draw(rng, 30, D_IN)
+    monkeypatch.setitem(sparse.TILE_BYTES, "cpu", tile_bytes)
+    x = draw_clear(rng, 30, transcoder.layers[0])
     acts = transcoder.encode(x)
     assert np.allclose(acts.dense(F).numpy(), jumprelu(transcoder.layers[0], x), atol=1e-4)
     assert (acts.value > 0).all() and acts.tokens == 30
@@ -101,7 +112,7 @@ FORMULAS = {
 @pytest.mark.parametrize("tile_bytes", [256 << 20, 4 * 30 * 16, 1])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_every_activation_function_is_its_formula_however_many_tiles(transcoder, rng, monkeypatch, name, tile_bytes):
-    monkeypatch.setattr(sparse, "TILE_BYTES", tile_bytes)
+    monkeypatch.setitem(sparse.TILE_BYTES, "cpu", tile_bytes)
     activation, formula = FORMULAS[name]
     dictionary = replace(only_layer(transcoder, threshold=None), activation=activation)
     x = draw(rng, 30, D_IN)
@@ -148,14 +159,15 @@ def test_encoding_on_the_real_model_equals_float64_however_many_tiles(two_saes, 
     dictionary = open_dictionary(two_saes[0])
     expected = torch.from_numpy(jumprelu(dictionary.layers[0], residual)).float()
     for features in (96, 50, 7):
-        monkeypatch.setattr(sparse, "TILE_BYTES", 4 * len(residual) * features)
+        monkeypatch.setitem(sparse.TILE_BYTES, "cpu", 4 * len(residual) * features)
         acts = dictionary.encode(residual)
         assert torch.allclose(acts.dense(96), expected, rtol=1e-4, atol=1e-2)
         assert abs(len(acts.value) / len(residual) - 10) < 0.5
 
 
 def test_decoding_equals_the_dense_product(transcoder, rng):
-    x, layer = draw(rng, 40, D_IN), transcoder.layers[0]
+    layer = transcoder.layers[0]
+    x = draw_clear(rng, 40, layer)
     acts = transcoder.encode(x)
     expected = acts.dense(F).double() @ layer.w_dec[:, 0].double() + transcoder.b_dec.double() + x.double() @ layer.skip.double()
     assert torch.allclose(transcoder.decode(acts, x).double(), expected, atol=1e-4)
@@ -173,7 +185,7 @@ def clt_einsum(clt: SparseDictionary, xs: list[torch.Tensor]) -> tuple[np.ndarra
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_multi_layer_dictionary_equals_the_einsums_over_all_layers(clt, rng, streamed):
-    xs = [draw(rng, 25, D_IN) for _ in range(L)]
+    xs = [draw_clear(rng, 25, layer) for layer in clt.layers]
     expected_acts, expected_y = clt_einsum(clt, xs)
     dictionary = replace(clt, layers=LazyLayers(lambda i: clt.layers[i], L)) if streamed else clt
     acts = dictionary.encode(xs)
@@ -183,7 +195,7 @@ def test_a_multi_layer_dictionary_equals_the_einsums_over_all_layers(clt, rng, s
 
 
 def test_a_layer_may_store_only_the_outputs_from_its_own_on(clt, rng):
-    xs = [draw(rng, 25, D_IN) for _ in range(L)]
+    xs = [draw_clear(rng, 25, layer) for layer in clt.layers]
     short = [replace(layer, w_dec=layer.w_dec[:, i:].contiguous(), first_output=i) for i, layer in enumerate(clt.layers)]
     dictionary = validate(replace(clt, layers=tuple(short)), "here")
     for moved in (dictionary, dictionary.to(torch.device("cpu"))):
@@ -200,7 +212,7 @@ def test_a_layer_may_store_only_the_outputs_from_its_own_on(clt, rng):
 def test_decoder_rows_of_any_dtype_are_computed_in_float32(clt, rng, dtype):
     narrow = [replace(layer, w_dec=layer.w_dec.to(dtype)) for layer in clt.layers]
     widened = [replace(layer, w_dec=layer.w_dec.float()) for layer in narrow]
-    xs = [draw(rng, 25, D_IN) for _ in range(L)]
+    xs = [draw_clear(rng, 25, layer) for layer in clt.layers]
     acts = clt.encode(xs)
     got, expected = (replace(clt, layers=tuple(layers)).decode(acts, xs) for layers in (narrow, widened))
     assert torch.equal(got, expected)
@@ -305,7 +317,7 @@ def test_a_single_odd_decoder_row_is_a_note_in_gemma_scope_too(transcoder):
 
 
 def test_encoding_stops_as_soon_as_more_features_fire_than_may(transcoder, rng, monkeypatch):
-    monkeypatch.setattr(sparse, "TILE_BYTES", 4 * 30 * 7)
+    monkeypatch.setitem(sparse.TILE_BYTES, "cpu", 4 * 30 * 7)
     x = draw(rng, 30, D_IN) * 100
     active = len(transcoder.encode(x).token) / 30
     assert len(transcoder.encode(x, max_l0=active + 1).token) == round(active * 30)
