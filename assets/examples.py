@@ -1,4 +1,4 @@
-"""The feature examples asset. Not here: sketches, windows, promoted tokens (scopeatlas/mining)."""
+"""The feature examples asset. Not here: sketches, windows, promoted tokens, co-activation (scopeatlas/mining)."""
 
 import dagster as dg
 import polars as pl
@@ -38,7 +38,7 @@ from scopeatlas.mining import examples
 def feature_examples(
     context: dg.AssetExecutionContext, store: StoreResource, corpus: CorpusResource, subject: SubjectResource
 ) -> Events:
-    """Per feature and split: top and quantile-stratified examples, counts, density, histogram; promoted and suppressed tokens."""
+    """Per feature: stratified examples by split, counts, density, histogram, promoted tokens, what fires on the same tokens."""
     with failures("feature_examples"):
         run = open_run(context, store, corpus, subject)
 

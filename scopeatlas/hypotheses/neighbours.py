@@ -1,6 +1,7 @@
-"""The nearest other features of a feature: by decoder direction, and by the contexts in which both fire.
+"""The nearest other features of a feature: by decoder direction, and by the tokens on which both fire.
 
-What belongs here: finding them, in tiles. What does not: the windows in which they fire alone (`samples.py`).
+What belongs here: finding them. What does not: counting what fires together (`mining/coactivation.py`), or the windows in
+which they fire alone (`samples.py`).
 """
 
 from collections.abc import Iterator
@@ -8,42 +9,47 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
+import polars as pl
 
-from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.sparse import SparseDictionary
-from scopeatlas.hypotheses.units import Firings, Units
+from scopeatlas.mining.examples import FeatureExamples
+from scopeatlas.storage.uris import readable
 
 if TYPE_CHECKING:
     import torch
 
 NEAREST = 3
 TILE_ROWS = 2048
-TILE_BYTES = 64 << 20
-COACTIVATION_CONTEXTS = 2048
-"""Jaccard is taken over at most so many explain contexts, evenly spread: its cost grows with each, its use does not."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """Per feature the nearest others, nearest first, -1 where there is none: int32 [F, k].
 
-    cosine: by the cosine of their decoder rows, only positive ones. coactive: by the Jaccard index of the explain contexts
-    in which they fire. A feature that never fires in an explain context has no neighbours and is none.
+    cosine: by the cosine of their decoder rows, only positive ones. coactive: by the Jaccard index of the explain tokens on
+    which they fire (`mining/coactivation.py`). A feature that never fires on an explain token has no neighbours and is none.
     """
 
     cosine: np.ndarray
     coactive: np.ndarray
 
 
-def nearest_features(dictionary: SparseDictionary, firings: Firings, units: Units, *, k: int = NEAREST) -> Neighbours:
-    """The `k` nearest of each feature among those that fire in explain contexts. Ties go to the lower index.
+def nearest_features(dictionary: SparseDictionary, examples: FeatureExamples, *, k: int = NEAREST) -> Neighbours:
+    """The `k` nearest of each feature among those that fire on explain tokens; at most `coactivation.PARTNERS` by
+    co-activation. Ties go to the lower index.
 
-    Never dense F x F: decoder rows, flattened over the outputs, meet in tiles of TILE_ROWS, contexts in tiles of TILE_BYTES.
+    Never dense F x F: decoder rows, flattened over the outputs, meet in tiles of TILE_ROWS; co-activation was counted before.
     """
-    held = firings.within(units, "explain").in_contexts(units)  # [F, contexts]
-    alive = np.asarray(held.sum(axis=1)).ravel() > 0
-    return Neighbours(_by_cosine(dictionary, alive, k), _by_contexts(held, units, alive, k))
+    alive = examples.features["explain_tokens"].to_numpy() > 0
+    return Neighbours(_by_cosine(dictionary, alive, k), _by_coactivation(examples, len(alive), k))
+
+
+def _by_coactivation(examples: FeatureExamples, width: int, k: int) -> np.ndarray:
+    out = np.full((width, k), -1, dtype=np.int32)
+    near = pl.read_parquet(readable(examples.partners), columns=["feature", "partner", "jaccard_rank"])
+    near = near.filter(pl.col("jaccard_rank") < k)
+    out[near["feature"], near["jaccard_rank"]] = near["partner"]
+    return out
 
 
 def _by_cosine(dictionary: SparseDictionary, alive: np.ndarray, k: int) -> np.ndarray:
@@ -71,24 +77,6 @@ def _directions(dictionary: SparseDictionary, alive: np.ndarray) -> "Iterator[tu
             if len(ids):
                 kept = rows[torch.from_numpy(ids)].float().flatten(1)
                 yield ids + start - len(rows), torch.nn.functional.normalize(kept, dim=1)
-
-
-def _by_contexts(held: sparse.csr_matrix, units: Units, alive: np.ndarray, k: int) -> np.ndarray:
-    out = np.full((len(alive), k), -1, dtype=np.int32)
-    contexts = np.flatnonzero(units.context_split == SPLITS.index("explain"))
-    if len(contexts) > COACTIVATION_CONTEXTS:
-        contexts = contexts[np.linspace(0, len(contexts) - 1, COACTIVATION_CONTEXTS).astype(np.int64)]
-    ids = np.flatnonzero(alive)
-    fires = held[ids][:, contexts].tocsr()
-    counts = np.asarray(fires.sum(axis=1)).ravel()
-    size = max(1, TILE_BYTES // (4 * max(len(ids), 1)))
-    for start in range(0, len(ids), size):
-        both = (fires[start : start + size] @ fires.T).toarray()
-        either = counts[start : start + size, None] + counts[None] - both
-        best = _Best(len(both), k)
-        best.add(np.divide(both, either, out=np.zeros_like(both), where=either > 0), ids[start : start + size], ids)
-        out[ids[start : start + size]] = best.ids()
-    return out
 
 
 class _Best:

@@ -295,8 +295,11 @@ class _Draw:
 
 
 def _spread(places: pl.DataFrame, group: str, limit: int) -> pl.DataFrame:
-    """At most `limit` candidates of each group, one of a context: by rank, then documents in turn, deciles alike."""
-    once = places.sort(group, "rank", "draw").unique([group, "context"], keep="first", maintain_order=True)
+    """At most `limit` candidates of each group, one of a context: by rank, then documents in turn, deciles alike.
+
+    Of two neighbours that peak at one place, whose draws are the same, that of the lower number is taken.
+    """
+    once = places.sort(group, "rank", "draw", "neighbour").unique([group, "context"], keep="first", maintain_order=True)
     turns = once.with_columns(turn=pl.int_range(pl.len()).over(group, "rank", "document")).sort(group, "rank", "turn", "draw")
     stratum = turns.with_columns(stratum=pl.int_range(pl.len()).over(group, "rank", "decile"))
     ordered = stratum.sort(group, "rank", "turn", "stratum", "draw")

@@ -145,10 +145,11 @@ def read_firings(store: Store, corpus: Corpus, entry: SaeEntry, subject: Subject
     return Firings(np.concatenate(features), np.concatenate(positions), width, value=np.concatenate(values))
 
 
-def key_hits(units: Units, firings: Firings, column: str, *, least: int = 1) -> pl.DataFrame:
+def key_hits(units: Units, firings: Firings, column: str, *, least: int = 1, among: pl.DataFrame | None = None) -> pl.DataFrame:
     """How often each feature fires at each key of a column, where that is `least` times or more: feature, key, hits.
 
-    A few features at a time, so that what is held besides the result is 8 bytes a firing and the keys of COUNTED_AT_ONCE.
+    among: the (feature, key) of interest. A few features at a time, so that what is held besides the result is 8 bytes a
+    firing and the keys of COUNTED_AT_ONCE.
     """
     order = np.argsort(firings.feature, kind="stable")
     ends = np.cumsum(np.bincount(firings.feature, minlength=firings.width))
@@ -160,7 +161,8 @@ def key_hits(units: Units, firings: Firings, column: str, *, least: int = 1) -> 
         stop = int(max(ends[max(within, 0)], ends[np.searchsorted(ends, start, side="right")]))
         at = order[start:stop]
         counted = count_keys(firings.feature[at], units.keys_at(column, firings.position[at])).filter(pl.col("count") >= least)
-        parts.append(counted.select(pl.col("group").cast(pl.UInt32).alias("feature"), "key", hits="count"))
+        found = counted.select(pl.col("group").cast(pl.UInt32).alias("feature"), "key", hits="count")
+        parts.append(found if among is None else found.join(among, on=["feature", "key"], how="semi"))
         start = stop
     return pl.concat(parts)
 

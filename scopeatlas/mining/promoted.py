@@ -1,10 +1,11 @@
 """Promoted and suppressed output tokens: decoder rows through the final norm and the unembedding.
 
 What belongs here: the direct effect of a feature on the output vocabulary (VocabProj in Gur-Arieh et al., ACL 2025;
-"logit lens" elsewhere). What does not: what a feature adds to the residual stream (`writing.py`), or what a label makes
-of the effect (`labels/`).
+"logit lens" elsewhere). What does not: what a feature adds to the residual stream (`writing.py`), keeping it
+(`outputs.py`), or what a label makes of the effect (`labels/`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    Promotion = Callable[[torch.Tensor], "PromotedTokens"]
+
 TOKENS = 10
-TILE_FEATURES = 512
+TILE_FEATURES = 256
+BLOCK = 512
+"""Tokens of which only the strongest effect is looked at first."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,12 @@ class PromotedTokens:
     strength: np.ndarray
 
 
-def promoted_tokens(dictionary: SparseDictionary, subject: SubjectModel) -> PromotedTokens | None:
-    """Effects on the logits, to first order: what a feature adds to the stream, through the final norm's gain, times the
-    unembedding. None where what it adds cannot be expressed (`stream_writer`).
+def promotion(dictionary: SparseDictionary, subject: SubjectModel) -> "Promotion | None":
+    """From decoder rows [n, L_out, d_out] of `dictionary` to what they promote.
 
-    Special and unused tokens are left out. Layers are opened one at a time, and only a tile of their decoder is ever
-    moved or converted. Cost: one product [F, d] x [d, vocabulary], in tiles of features.
+    Effects on the logits, to first order: what a feature adds to the stream, through the final norm's gain, times the
+    unembedding. Special and unused tokens are left out. None where what a feature adds cannot be expressed
+    (`stream_writer`). Cost: one product [n, d] x [d, vocabulary], in tiles of TILE_FEATURES.
     """
     import torch
 
@@ -50,24 +55,53 @@ def promoted_tokens(dictionary: SparseDictionary, subject: SubjectModel) -> Prom
     unembedding = subject.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # [vocabulary, d]
     norm = _final_norm(subject)
     gain = norm_gain(norm, unembedding.shape[1])
-    readable = readable_tokens(subject, len(unembedding))
-    promoted, suppressed, strength = [], [], []
-    with torch.no_grad():
-        for layer in dictionary.layers:
-            for rows_nod in layer.row_tiles(TILE_FEATURES):
-                rows = write(rows_nod.to(unembedding.device, torch.float32))
-                if isinstance(norm, torch.nn.LayerNorm):
-                    rows = rows - rows.mean(1, keepdim=True)
-                effect = ((rows * gain).to(unembedding.dtype) @ unembedding.T).float()
-                deviation, mean = torch.std_mean(effect, dim=1, keepdim=True)
-                effect[:, ~readable] = torch.nan
-                highest = effect.nan_to_num(nan=-torch.inf).topk(TOKENS, dim=1)
-                lowest = effect.nan_to_num(nan=torch.inf).topk(TOKENS, dim=1, largest=False)
-                promoted.append(highest.indices.int().cpu().numpy())
-                suppressed.append(lowest.indices.int().cpu().numpy())
-                # A row of zeros moves no token: 0 / 0 would count as a strength above any other.
-                strength.append(((highest.values - mean) / deviation).nan_to_num(nan=0.0).cpu().numpy())
-    return PromotedTokens(np.concatenate(promoted), np.concatenate(suppressed), np.concatenate(strength))
+    unreadable = (~readable_tokens(subject, len(unembedding))).nonzero().squeeze(1)
+
+    def promoted(rows_nod: "torch.Tensor") -> PromotedTokens:
+        with torch.no_grad():
+            tiles = [_of_tile(tile) for tile in rows_nod.split(TILE_FEATURES)]
+        return PromotedTokens(*(torch.cat(column).cpu().numpy() for column in zip(*tiles, strict=True)))
+
+    def _of_tile(rows_nod: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+        rows = write(rows_nod.to(unembedding.device, torch.float32))
+        if isinstance(norm, torch.nn.LayerNorm):
+            rows = rows - rows.mean(1, keepdim=True)
+        effect = ((rows * gain).to(unembedding.dtype) @ unembedding.T).float()
+        deviation, mean = torch.std_mean(effect, dim=1, keepdim=True)
+        highest, raised = _largest(effect.index_fill_(1, unreadable, -torch.inf))
+        _, lowered = _largest(effect.index_fill_(1, unreadable, torch.inf).neg_())
+        # A row of zeros moves no token: 0 / 0 would count as a strength above any other.
+        return raised.int(), lowered.int(), ((highest - mean) / deviation).nan_to_num(nan=0.0)
+
+    return promoted
+
+
+def promoted_tokens(dictionary: SparseDictionary, subject: SubjectModel) -> PromotedTokens | None:
+    """`promotion` of every feature. Layers are opened one at a time, and only a tile of a decoder is moved or converted."""
+    promoted = promotion(dictionary, subject)
+    if promoted is None:
+        return None
+    tiles = [promoted(rows) for layer in dictionary.layers for rows in layer.row_tiles(TILE_FEATURES)]
+    columns = zip(*((tile.promoted, tile.suppressed, tile.strength) for tile in tiles), strict=True)
+    return PromotedTokens(*(np.concatenate(column) for column in columns))
+
+
+def _largest(effect: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+    """The TOKENS largest of each row [n, vocabulary] and where they are, both [n, TOKENS], largest first.
+
+    They lie in the TOKENS blocks of the largest maxima: finding those reads each effect once, where sorting it would cost
+    more than the product that it comes from.
+    """
+    import torch
+
+    whole = effect.shape[1] // BLOCK * BLOCK
+    blocks = min(TOKENS, whole // BLOCK)
+    best = effect[:, :whole].unflatten(1, (-1, BLOCK)).amax(2).topk(blocks, dim=1).indices
+    inside = (best.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=effect.device)).flatten(1)
+    rest = torch.arange(whole, effect.shape[1], device=effect.device).expand(len(effect), -1)
+    at = torch.cat([inside, rest], dim=1)
+    value, place = effect.gather(1, at).topk(TOKENS, dim=1)
+    return value, at.gather(1, place)
 
 
 def _final_norm(subject: SubjectModel) -> "nn.Module":

@@ -150,7 +150,7 @@ def test_p_values_of_two_claims_that_are_equally_good_are_rarely_small(rng):
     fired, units = np.full((trials, documents), 5.0), np.full((trials, documents), 60.0)
     one, other = (rng.binomial(5, 0.5, (trials, documents)).astype(np.float64) for _ in range(2))
     p = paired_lift(DocumentCounts(one, one, fired, units), DocumentCounts(other, other, fired, units)).p_value
-    assert 0.02 <= (p <= 0.05).mean() <= 0.1 and 0.4 <= p.mean() <= 0.6
+    assert 0.01 <= (p <= 0.05).mean() <= 0.11 and 0.4 <= p.mean() <= 0.6  # shares beyond: once in 100,000 runs
 
 
 @pytest.mark.parametrize("documents", [1, 3, 6])

@@ -1,14 +1,18 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from scopeatlas.activations.cache import cache_activations
 from scopeatlas.dictionaries.releases import open_dictionary
 from scopeatlas.hypotheses import neighbours
 from scopeatlas.hypotheses.neighbours import Neighbours, nearest_features
 from scopeatlas.hypotheses.units import Firings, Units, read_firings
-from tests.conftest import WIDTH
+from scopeatlas.mining.examples import FeatureExamples, mine_examples
+from scopeatlas.storage.store import Store
+from tests.conftest import WIDTH, entry_of, sae_tensors, write_sae
 
 
 @pytest.fixture(scope="module")
@@ -17,23 +21,40 @@ def units(medium_corpus, subject) -> Units:
 
 
 @pytest.fixture(scope="module")
-def real(medium, units, subject) -> Firings:
-    """The firings of a real SAE, but for those of features 3 and 4, and of feature 5 outside report documents."""
-    firings = read_firings(medium.store, medium.corpus, medium.entry, subject, units, width=WIDTH)
-    report = units.in_split("report")[firings.position]
-    kept = ~np.isin(firings.feature, (3, 4)) & ((firings.feature != 5) | report)
-    return Firings(firings.feature[kept], firings.position[kept], WIDTH, value=firings.value[kept])
+def entry(residual, tmp_path_factory):
+    """A random SAE of which features 3 to 5 never fire."""
+    tensors = sae_tensors(residual)
+    tensors["threshold"][3:6] = 1e6
+    return entry_of(write_sae(tmp_path_factory.mktemp("three-dead"), tensors))
 
 
 @pytest.fixture(scope="module")
-def dictionary(medium):
-    return open_dictionary(medium.entry)
+def store(medium_corpus, tmp_path_factory) -> Store:
+    return Store(shutil.copytree(medium_corpus.store.root, tmp_path_factory.mktemp("neighbours") / "store"))
+
+
+@pytest.fixture(scope="module")
+def examples(store, medium_corpus, entry, subject) -> FeatureExamples:
+    cache_activations(store, medium_corpus.corpus, [entry], subject)
+    return mine_examples(store, medium_corpus.corpus, entry, subject)[0]
+
+
+@pytest.fixture(scope="module")
+def held(store, medium_corpus, entry, units, subject, examples) -> np.ndarray:
+    """Which features fire on which explain tokens: bool [WIDTH, N]."""
+    firings = read_firings(store, medium_corpus.corpus, entry, subject, units, width=WIDTH)
+    return held_in_explain(firings, units)
+
+
+@pytest.fixture(scope="module")
+def dictionary(entry):
+    return open_dictionary(entry)
 
 
 def held_in_explain(firings: Firings, units: Units) -> np.ndarray:
-    held = np.zeros((firings.width, units.contexts), dtype=bool)
+    held = np.zeros((firings.width, units.contexts * units.length), dtype=bool)
     explain = units.in_split("explain")[firings.position]
-    held[firings.feature[explain], firings.position[explain] // units.length] = True
+    held[firings.feature[explain], firings.position[explain]] = True
     return held
 
 
@@ -62,24 +83,24 @@ def expected_jaccard(held: np.ndarray) -> np.ndarray:
     return similarity
 
 
-@pytest.mark.parametrize("tiles", [(2048, 64 << 20), (7, 1500)])
-def test_neighbours_are_the_features_of_highest_cosine_and_jaccard(dictionary, real, units, monkeypatch, tiles):
-    monkeypatch.setattr(neighbours, "TILE_ROWS", tiles[0])
-    monkeypatch.setattr(neighbours, "TILE_BYTES", tiles[1])
-    found = nearest_features(dictionary, real, units, k=4)
-    held = held_in_explain(real, units)
+@pytest.mark.parametrize("tile", [2048, 7])
+def test_neighbours_are_the_features_of_highest_cosine_and_jaccard(dictionary, examples, held, monkeypatch, tile):
+    monkeypatch.setattr(neighbours, "TILE_ROWS", tile)
+    found = nearest_features(dictionary, examples, k=4)
     assert found.cosine.shape == found.coactive.shape == (WIDTH, 4)
     assert_nearest(found.cosine, expected_cosine(dictionary, held.any(axis=1)))
     assert_nearest(found.coactive, expected_jaccard(held))
 
 
-def test_a_feature_that_fires_in_no_explain_document_neither_has_nor_is_a_neighbour(dictionary, real, units):
-    found = nearest_features(dictionary, real, units)
+def test_a_feature_that_fires_in_no_explain_document_neither_has_nor_is_a_neighbour(dictionary, examples, held):
+    found = nearest_features(dictionary, examples)
+    silent = np.flatnonzero(~held.any(axis=1))
+    assert {3, 4, 5} <= set(silent)
     for table in (found.cosine, found.coactive):
-        assert (table[3:6] == -1).all() and not np.isin(table, (3, 4, 5)).any()
+        assert (table[silent] == -1).all() and not np.isin(table, silent).any()
 
 
-def test_the_decoder_rows_of_all_outputs_count(dictionary, real, units):
+def test_the_decoder_rows_of_all_outputs_count(dictionary, examples, held):
     """Features 0 and 1 agree at one output and are opposite at the other, 0 and 2 agree a little at both."""
     rows = torch.zeros(WIDTH, 2, 8)
     rows[torch.arange(WIDTH), :, torch.arange(WIDTH) % 5 + 3] = 1
@@ -87,19 +108,11 @@ def test_the_decoder_rows_of_all_outputs_count(dictionary, real, units):
     rows[0, :, 0], rows[1, 0, 0], rows[1, 1, 0] = 1, 1, -1
     rows[2, :, 0] = 0.5
     two_outputs = replace(dictionary, layers=(replace(dictionary.layers[0], w_dec=rows),))
-    found = nearest_features(two_outputs, real, units, k=1)
-    assert_nearest(found.cosine, expected_cosine(two_outputs, held_in_explain(real, units).any(axis=1)))
+    found = nearest_features(two_outputs, examples, k=1)
+    assert_nearest(found.cosine, expected_cosine(two_outputs, held.any(axis=1)))
     assert found.cosine[0, 0] == 2
 
 
-def test_co_activation_is_measured_on_evenly_spread_contexts_of_a_large_corpus(dictionary, real, units, monkeypatch):
-    monkeypatch.setattr(neighbours, "COACTIVATION_CONTEXTS", 30)
-    contexts = np.flatnonzero(units.context_split == 0)
-    chosen = contexts[np.linspace(0, len(contexts) - 1, 30).astype(int)]
-    held = held_in_explain(real, units)
-    assert_nearest(nearest_features(dictionary, real, units).coactive, expected_jaccard(held[:, chosen]))
-
-
-def test_neighbours_hold_their_ids_as_int32(dictionary, real, units):
-    found = nearest_features(dictionary, real, units)
+def test_neighbours_hold_their_ids_as_int32(dictionary, examples):
+    found = nearest_features(dictionary, examples)
     assert isinstance(found, Neighbours) and found.cosine.dtype == found.coactive.dtype == np.int32

@@ -6,21 +6,14 @@ import polars as pl
 import pytest
 
 from scopeatlas.activations.cache import activation_keys, cache_activations
-from scopeatlas.activations.shards import read_shard
+from scopeatlas.activations.shards import ActivationShard, read_shard
 from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.dictionaries.releases import open_dictionary
 from scopeatlas.errors import NotReadyError
-from scopeatlas.mining import examples
-from scopeatlas.mining.examples import (
-    PER_STRATUM,
-    STRATA,
-    TOP_EXAMPLES,
-    WINDOW,
-    mine_examples,
-    open_examples,
-    read_examples,
-    windows_of,
-)
+from scopeatlas.mining import coactivation, examples
+from scopeatlas.mining.choosing import PER_STRATUM, STRATA, TOP_EXAMPLES
+from scopeatlas.mining.cutting import WINDOW, windows_of
+from scopeatlas.mining.examples import mine_examples, open_examples, read_examples
 from scopeatlas.mining.windows import mark
 from scopeatlas.storage.store import Store
 from scopeatlas.subject.vocabulary import token_texts
@@ -58,7 +51,8 @@ def test_windows_equal_slices_of_the_dense_activations(rng):
     dense = (rng.random((30, 400)) * (rng.random((30, 400)) < 0.1)).astype(np.float32)
     feature, token = np.nonzero(dense)
     wanted, start = rng.integers(0, 30, 200), rng.integers(0, 400 - 16, 200)
-    found = windows_of(feature.astype(np.uint32), token.astype(np.uint32), dense[feature, token], wanted, start, 16)
+    acts = ActivationShard(feature.astype(np.uint32), token.astype(np.uint32), dense[feature, token])
+    found = windows_of(acts, wanted, start, 16)
     assert (found == [dense[f, s : s + 16] for f, s in zip(wanted, start, strict=True)]).all()
 
 
@@ -152,17 +146,35 @@ def copy(medium, tmp_path):
     return replace(medium, store=Store(tmp_path / "store"))
 
 
-@pytest.mark.parametrize("tile", [10, 37])
-def test_feature_tiles_change_no_window(copy, subject, windows, monkeypatch, tile):
-    monkeypatch.setattr(examples, "TILE_FEATURES", tile)
-    tiled, _ = mine_examples(copy.store, copy.corpus, copy.entry, subject)
-    assert read_examples(tiled.examples).equals(windows)
+@pytest.mark.parametrize("windows_held", [1, 700])
+def test_ranges_of_features_change_nothing(copy, subject, mined, windows, monkeypatch, windows_held):
+    monkeypatch.setattr(examples, "RANGE_WINDOWS", windows_held)
+    parts, _ = mine_examples(copy.store, copy.corpus, copy.entry, subject)
+    assert read_examples(parts.examples).equals(windows) and parts.features.equals(mined.features)
+    assert pl.read_parquet(parts.histogram).equals(pl.read_parquet(mined.histogram))
 
 
-def test_a_tile_of_features_that_never_fire_is_passed_over(copy, subject, residual, tmp_path, monkeypatch):
+def test_partners_are_counted_on_the_tokens_of_explain_documents(mined, dense):
+    values, _, _, splits, _ = dense
+    fires = (values[splits == "explain"] > 0).reshape(-1, WIDTH)
+    both = fires.T.astype(float) @ fires
+    alone = np.diag(both)
+    table = pl.read_parquet(mined.partners)
+    a, b = table["feature"].to_numpy(), table["partner"].to_numpy()
+    assert (table["both"] == both[a, b]).all() and np.allclose(table["jaccard"], both[a, b] / (alone[a] + alone[b] - both[a, b]))
+    jaccard = both / np.maximum(alone[:, None] + alone - both, 1)
+    np.fill_diagonal(jaccard, 0)
+    for feature in range(WIDTH):
+        best = np.lexsort((np.arange(WIDTH), -jaccard[feature]))[: coactivation.PARTNERS]
+        mine = table.filter(pl.col("feature") == feature).drop_nulls("jaccard_rank").sort("jaccard_rank")
+        assert mine["partner"].to_list() == [other for other in best if jaccard[feature, other] > 0]
+
+
+@pytest.mark.slow
+def test_features_that_never_fire_are_passed_over(copy, subject, residual, tmp_path, monkeypatch):
     from tests.conftest import entry_of, sae_tensors, write_sae
 
-    monkeypatch.setattr(examples, "TILE_FEATURES", 32)
+    monkeypatch.setattr(examples, "RANGE_WINDOWS", 500)
     tensors = sae_tensors(residual)
     tensors["threshold"][32:64] = 1e6
     tensors["threshold"][:8] = 1e6

@@ -1,5 +1,6 @@
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,19 +9,19 @@ import pytest
 
 from scopeatlas.activations.shards import ActivationShard
 from scopeatlas.corpus.contexts import Contexts
+from scopeatlas.mining import segments, sketches
 from scopeatlas.mining.sketches import (
     EARLY_POSITIONS,
     PER_BIN_CONTEXTS,
     SAMPLE_CONTEXTS,
     TOP_DOCUMENTS,
     Sketch,
-    draw_order,
+    context_table,
+    draws,
     merge,
     merge_all,
-    read_sketch,
     sketch_shard,
     value_bins,
-    write_sketch,
 )
 from scopeatlas.storage.files import stable_id
 
@@ -38,15 +39,26 @@ def random_firings(rng, contexts: int = 240) -> tuple[np.ndarray, Contexts]:
     return values, Contexts(ids, [f"document {d}" for d in documents], splits, tokens)
 
 
-def sketch_of(values: np.ndarray, contexts: Contexts, rows: np.ndarray, shard: str = "x") -> Sketch:
-    """The sketch of some of the contexts."""
+def nonzeros_of(values: np.ndarray, rows: np.ndarray) -> ActivationShard:
     feature, row, position = np.nonzero(values[rows].transpose(2, 0, 1))
-    acts = ActivationShard(
-        feature.astype(np.uint32), (row * LENGTH + position).astype(np.uint32), values[rows][row, position, feature]
-    )
-    chosen = Contexts(contexts.ids[rows], [contexts.document_ids[r] for r in rows], contexts.splits[rows], contexts.tokens[rows])
-    seen = np.bincount(chosen.splits, minlength=3) * LENGTH
-    return sketch_shard(acts, chosen, width=WIDTH, shard=shard, seen=seen)
+    token = (row * LENGTH + position).astype(np.uint32)
+    return ActivationShard(feature.astype(np.uint32), token, values[rows][row, position, feature])
+
+
+def tiles_of(acts: ActivationShard, features: int) -> Iterator[ActivationShard]:
+    """Cut after every so many features; a tile where nothing fires is left out."""
+    for first in range(0, WIDTH, features):
+        at = (acts.feature >= first) & (acts.feature < first + features)
+        if at.any():
+            yield ActivationShard(acts.feature[at], acts.token[at], acts.value[at])
+
+
+def sketch_of(values: np.ndarray, contexts: Contexts, rows: np.ndarray, shard: int = 0, *, tile: int = WIDTH) -> Sketch:
+    """The sketch of some of the contexts."""
+    chosen = contexts.take(rows)
+    table = context_table(chosen, np.full(len(rows), LENGTH))
+    acts = tiles_of(nonzeros_of(values, rows), tile)
+    return sketch_shard(acts, table, length=LENGTH, width=WIDTH, shard=shard)[0]
 
 
 def assert_same(a: Sketch, b: Sketch) -> None:
@@ -121,26 +133,26 @@ def test_remembered_contexts_equal_brute_force(rng):
         assert row["document"] == stable_id("document", contexts.document_ids[row["row"]])
 
 
-@pytest.mark.parametrize("shards", [2, 3, 7, 40])
+@pytest.mark.parametrize("shards", [1, 3, 7, 40])
 def test_merging_any_sharding_in_any_order_gives_the_sketch_of_the_union(rng, shards):
     values, contexts = random_firings(rng)
     whole = sketch_of(values, contexts, np.arange(len(contexts)))
     shard_of = rng.integers(0, shards, len(contexts))
-    parts = [sketch_of(values, contexts, np.flatnonzero(shard_of == s)) for s in rng.permutation(shards)]
-    assert_same(merge_all(parts), whole)
-    while len(parts) > 1:  # a random tree
-        a, b = (parts.pop(rng.integers(len(parts))) for _ in range(2))
-        parts.append(merge(a, b))
-    assert_same(parts[0], whole)
+    for _ in range(3):
+        parts = [sketch_of(values, contexts, np.flatnonzero(shard_of == s)) for s in rng.permutation(shards)]
+        assert_same(merge_all(parts), whole)
+        while len(parts) > 1:  # a random tree
+            a, b = (parts.pop(rng.integers(len(parts))) for _ in range(2))
+            parts.append(merge([a, b]))
+        assert_same(parts[0], whole)
 
 
 def test_merging_commutes_bit_for_bit(rng):
     values, contexts = random_firings(rng)
     a, b = (
-        sketch_of(values, contexts, rows, name)
-        for name, rows in zip("ab", np.array_split(rng.permutation(len(contexts)), 2), strict=True)
+        sketch_of(values, contexts, rows, name) for name, rows in enumerate(np.array_split(rng.permutation(len(contexts)), 2))
     )
-    ab, ba = merge(a, b), merge(b, a)
+    ab, ba = merge([a, b]), merge([b, a])
     assert ab.entries.equals(ba.entries) and ab.histogram.equals(ba.histogram)
     assert all((ab.counts[name] == ba.counts[name]).all() for name in ab.counts)
 
@@ -149,8 +161,8 @@ def test_a_shard_where_nothing_fires_changes_nothing_but_the_tokens_seen(rng):
     values, contexts = random_firings(rng)
     sketch = sketch_of(values, contexts, np.arange(len(contexts)))
     silent = sketch_of(np.zeros_like(values), contexts, np.arange(len(contexts)))
-    assert_same(replace(merge(sketch, silent), seen=sketch.seen), sketch)
-    assert (merge(silent, sketch).seen == 2 * sketch.seen).all()
+    assert_same(replace(merge([sketch, silent]), seen=sketch.seen), sketch)
+    assert (merge([silent, sketch]).seen == 2 * sketch.seen).all()
 
 
 def test_one_long_document_cannot_fill_the_top(rng):
@@ -172,23 +184,44 @@ def test_ties_are_broken_by_context_id(rng):
     assert entries["context_id"].to_list()[:TOP_DOCUMENTS] == sorted(contexts.ids.tolist())[:TOP_DOCUMENTS]
 
 
-def test_a_sketch_reads_back_as_it_was_written(rng, tmp_path):
-    values, contexts = random_firings(rng)
-    sketch = sketch_of(values, contexts, np.arange(len(contexts)))
-    paths = [tmp_path / name for name in ("c.npz", "h.parquet", "e.parquet")]
-    write_sketch(sketch, *paths)
-    back = read_sketch(*paths)
-    assert back.entries.equals(sketch.entries) and back.histogram.equals(sketch.histogram)
-    assert all((back.counts[name] == sketch.counts[name]).all() for name in sketch.counts)
-
-
 def test_bins_are_half_octaves():
     assert value_bins(np.array([1.0, 1.4, 1.42, 2.0, 0.5], dtype=np.float32)).tolist() == [0, 0, 1, 2, -2]
 
 
 def test_the_order_of_the_draw_is_uniform_and_differs_between_features(rng):
     ids = rng.choice(2**62, 4000, replace=False).astype(np.int64)
-    entries = pl.DataFrame({"context_id": np.r_[ids, ids], "feature": np.repeat([0, 1], 4000).astype(np.uint32)})
-    draws = draw_order(entries)["draw"].to_numpy() / 2**64
-    assert abs(draws.mean() - 0.5) < 0.02
-    assert abs(np.corrcoef(draws[:4000], draws[4000:])[0, 1]) < 0.08
+    drawn = draws(pl.DataFrame({"context_id": np.r_[ids, ids], "feature": np.repeat([0, 1], 4000).astype(np.uint32)})) / 2**64
+    assert abs(drawn.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(drawn[:4000], drawn[4000:])[0, 1]) < 0.08
+
+
+@pytest.mark.parametrize("tile", [1, 2, 5])
+def test_tiles_of_features_change_nothing(rng, tile):
+    values, contexts = random_firings(rng)
+    every = np.arange(len(contexts))
+    whole, tiled = sketch_of(values, contexts, every), sketch_of(values, contexts, every, tile=tile)
+    assert_same(tiled, whole)
+    assert all((tiled.counts[name] == whole.counts[name]).all() for name in whole.counts)
+
+
+def test_the_pairs_of_a_context_are_the_squares_of_what_fires_on_its_tokens(rng):
+    values, contexts = random_firings(rng)
+    every = np.arange(len(contexts))
+    table = context_table(contexts, np.full(len(contexts), LENGTH))
+    _, pairs = sketch_shard(tiles_of(nonzeros_of(values, every), 2), table, length=LENGTH, width=WIDTH)
+    assert pairs.tolist() == [sum(int((token > 0).sum()) ** 2 for token in context) for context in values]
+
+
+@pytest.mark.parametrize("waiting", [1, 300, 10**9])
+def test_how_many_entries_wait_to_be_merged_changes_nothing(rng, monkeypatch, waiting):
+    monkeypatch.setattr(sketches, "MERGE_ENTRIES", waiting)
+    values, contexts = random_firings(rng)
+    parts = [sketch_of(values, contexts, rows) for rows in np.array_split(rng.permutation(len(contexts)), 11)]
+    assert_same(merge_all(iter(parts)), sketch_of(values, contexts, np.arange(len(contexts))))
+
+
+def test_draws_that_agree_in_most_bits_are_still_put_in_order(rng):
+    segment = np.sort(rng.integers(0, 1000, 4000))
+    draw = rng.integers(0, 4, 4000).astype(np.uint64) << np.uint64(60) | rng.permutation(4000).astype(np.uint64)
+    expected = sorted(range(4000), key=lambda i: (segment[i], int(draw[i])))
+    assert segments.by_draw(segment, draw).tolist() == expected
