@@ -10,6 +10,7 @@ from assets.support import Events, Outcome, SaeRun, each_sae, failures, open_run
 from resources.corpus import CorpusResource
 from resources.embedder import EmbedderResource
 from resources.labelling import LabellingResource
+from resources.runner import ShardRunnerResource
 from resources.sae import SaeSourceResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
@@ -55,6 +56,7 @@ def activation_cache(
     saes: SaeSourceResource,
     labelling: LabellingResource,
     embedder: EmbedderResource,
+    runner: ShardRunnerResource,
 ) -> Events:
     """Non-zero activations of every SAE of the run from one shared pass of the subject model, as feature-sorted shards."""
     log = context.log.info
@@ -64,7 +66,14 @@ def activation_cache(
         present = [e for e in run.entries if e.key not in missing]
         scored = [e.key for e in present if _is_scored(run, e, labelling, embedder.identity())]
         result = cache.cache_activations(
-            run.store, run.corpus, present, run.subject, unneeded=scored, memory_bytes=subject.memory_bytes(), log=log
+            run.store,
+            run.corpus,
+            present,
+            run.subject,
+            unneeded=scored,
+            memory_bytes=subject.memory_bytes(),
+            runner=runner.open(log=log),
+            log=log,
         )
         sound = [e for e in present if e.key not in result.failed]
         measured = measure_fidelity(run.store, run.corpus, sound, run.subject, log=log)

@@ -15,6 +15,7 @@ from resources.subject import SubjectResource
 from scopeatlas.atlas import stage
 from scopeatlas.atlas.tables import FEATURE_ROW
 from scopeatlas.dictionaries.releases import SaeEntry
+from scopeatlas.storage.uris import readable
 
 
 @dg.asset(
@@ -56,7 +57,7 @@ def feature_index(
             scores=labelling.scores(embedder.identity()),
             log=context.log.info,
         )
-        rows = pl.read_parquet(published.path)
+        rows = pl.read_parquet(readable(published.path))
         metadata: dict[str, dg.MetadataValue] = {
             "dagster/partition_row_count": dg.MetadataValue.int(published.rows),
             "labelled_share": dg.MetadataValue.float(round(float((rows["label"] != "").mean()), 4)),  # type: ignore[arg-type]

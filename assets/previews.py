@@ -7,7 +7,6 @@ import base64
 import io
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -17,6 +16,7 @@ import polars as pl
 from scopeatlas.mining.examples import read_examples
 from scopeatlas.mining.windows import mark
 from scopeatlas.scoring.report import Report
+from scopeatlas.storage.uris import Location
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def feature_preview(rows: pl.DataFrame) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md("\n\n".join(parts) or "no feature is scored")
 
 
-def label_preview(labels: pl.DataFrame, windows: Path, falsification: pl.DataFrame) -> dg.MarkdownMetadataValue:
+def label_preview(labels: pl.DataFrame, windows: Location, falsification: pl.DataFrame) -> dg.MarkdownMetadataValue:
     """Five labelled features spread over what they were chosen by, each with its sentence, two examples and, where a
     prediction failed, the counter-examples."""
     chosen = _spread(

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from resources.corpus import CorpusResource
 from resources.embedder import EmbedderResource
 from resources.labelling import LabellingResource
+from resources.runner import ShardRunnerResource
 from resources.sae import SaeSourceResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
@@ -25,6 +26,7 @@ RESOURCES: dict[str, type[dg.ConfigurableResource]] = {
     "saes": SaeSourceResource,
     "labelling": LabellingResource,
     "embedder": EmbedderResource,
+    "runner": ShardRunnerResource,
 }
 
 

@@ -5,10 +5,9 @@ What belongs here: how shards are run. What does not: what is done to a shard, o
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
-Shard = TypeVar("Shard")
-Result = TypeVar("Result")
+from scopeatlas.runner.work import OpenedWork, Result, Shard, Work
+
 Log = Callable[[str], None]
 
 REPORT_EVERY_SECONDS = 10.0
@@ -47,8 +46,17 @@ class Progress:
 
 
 class LocalRunner:
-    """Runs each shard in this process, in order: the torch threads are the parallelism."""
+    """Runs each shard in this process, in order: the torch threads are the parallelism.
 
-    def map(self, function: Callable[[Shard], Result], shards: Sequence[Shard]) -> Iterator[Result]:
-        for shard in shards:
-            yield function(shard)
+    threads: torch's, from the first shard on; None leaves them as they are.
+    """
+
+    device: str | None = None
+    sharing = 0
+
+    def __init__(self, *, threads: int | None = None):
+        self.threads = threads
+
+    def map(self, work: Work[Shard, Result], shards: Sequence[Shard]) -> Iterator[Result]:
+        """The result of each shard, in order. Raises RunnerError naming the shard if its work fails."""
+        return map(OpenedWork(work, None, self.threads), shards)
