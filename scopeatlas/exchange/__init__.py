@@ -1,0 +1,1 @@
+"""Import and export: what other tools write, as ours, and ours as theirs."""
