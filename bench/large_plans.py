@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from scopeatlas.planning import plan_folders
+from scopeatlas.planning import Work, plan_releases
 
 D_MODEL, FEATURES = 5376, 1048576
 SHAPES = {
@@ -53,8 +53,8 @@ def main() -> None:
         for memory in (None, 24, 80):
             print(f"--- {'this machine' if memory is None else f'{memory} GB'}")
             given = None if memory is None else memory * 10**9
-            plan = plan_folders(folders, tokens=arguments.tokens, context_length=128, store=Path(), memory_bytes=given)
-            print("\n".join(plan.lines()))
+            plan = plan_releases([str(f) for f in folders], Work(arguments.tokens, memory_bytes=given), store=Path())
+            print("\n".join(plan.memory.lines()))
 
 
 if __name__ == "__main__":
