@@ -42,6 +42,7 @@ from scopeatlas.labels.explainers import gather, show
 from scopeatlas.labels.explainers import prompt as explain_prompt
 from scopeatlas.llm.config import ServerConfig
 from scopeatlas.llm.journal import Journal
+from scopeatlas.mining.examples import examples_key, open_examples
 from scopeatlas.runner.local import silent
 from scopeatlas.scoring.judged import Judges, judge_labels
 from scopeatlas.scoring.table import Scorer, score_table
@@ -95,7 +96,8 @@ def open_demo(root: Path, name: str) -> Demo:
     corpus = open_corpus(store, store.corpora_of(key)[0])
     units, dictionary = Units(corpus, subject), open_dictionary(entry)
     firings = read_firings(store, corpus, entry, subject, units, width=dictionary.width)
-    return Demo(subject, entry, units, firings, nearest_features(dictionary, firings, units))
+    examples = open_examples(store, corpus.id, entry.key, examples_key(corpus, entry, subject))
+    return Demo(subject, entry, units, firings, nearest_features(dictionary, examples))
 
 
 def some_features(demo: Demo, count: int) -> list[int]:

@@ -24,7 +24,7 @@ import torch
 
 from bench.planted import MODEL, NUMBERS, digits, ends_in
 from bench.plants import Agreement, Concept, agreement, among, claimed, marked, word
-from scopeatlas.activations.cache import BATCH_CONTEXTS, cache_activations
+from scopeatlas.activations.cache import cache_activations
 from scopeatlas.corpus.build import Corpus, CorpusSettings, build_corpus
 from scopeatlas.corpus.contexts import ContextRules
 from scopeatlas.corpus.documents import SPLITS
@@ -121,7 +121,7 @@ def residuals(units: Units, corpus: Corpus, subject: SubjectModel) -> torch.Tens
     tokens = torch.from_numpy(np.concatenate([corpus.contexts(shard).tokens for shard in corpus.shards])).long()
     out = torch.full((*tokens.shape, subject.d_model), torch.nan)
     read = np.flatnonzero(units.context_split != SPLITS.index("report"))
-    for rows in batches(read, BATCH_CONTEXTS):
+    for rows in batches(read, 16):
         out[read[rows]] = capture(subject.model, tokens[read[rows]], [SITE])[SITE].float()
     return out.flatten(0, 1)
 
