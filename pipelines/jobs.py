@@ -26,6 +26,8 @@ refresh_catalog = dg.define_asset_job(
     "refresh_catalog",
     selection=dg.AssetSelection.assets("sae_catalog"),
     description="Look at every source of releases, and bring the catalog up to what was done with each SAE.",
+    # On Kubernetes a run has a GPU unless it says otherwise (deploy/kubernetes/dagster.yaml).
+    tags={"dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": 0}}}}},
 )
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 import click
 
 from scopeatlas import __version__
+from scopeatlas.cli_exchange import delphi
 from scopeatlas.cli_labels import annotate, report, spent
 from scopeatlas.errors import DictionaryError, ScopeAtlasError, StoreError
+from scopeatlas.storage.uris import Location, location, reaching
 
 if TYPE_CHECKING:
     from scopeatlas.dictionaries.sparse import SparseDictionary
@@ -81,14 +83,13 @@ def _status_option(command: _Command) -> _Command:
     show_envvar=True,
     default="store",
     show_default=True,
-    type=click.Path(path_type=Path),
-    help="The folder that holds everything.",
+    help="The folder that holds everything, or a URI such as s3://bucket/prefix.",
 )
 @click.version_option(__version__, prog_name="scopeatlas")
 @click.pass_context
-def cli(ctx: click.Context, root: Path) -> None:
+def cli(ctx: click.Context, root: str) -> None:
     """Search features of sparse autoencoders by meaning, see the evidence, judge the score."""
-    ctx.obj = root.expanduser()
+    ctx.obj = location(root)
 
 
 @cli.command()
@@ -103,7 +104,7 @@ def cli(ctx: click.Context, root: Path) -> None:
 @_json_option
 @click.pass_obj
 def search(
-    root: Path,
+    root: Location,
     query: str,
     k: int,
     sae: str | None,
@@ -151,7 +152,7 @@ def _feature_name(_ctx: click.Context, _parameter: click.Parameter, value: str) 
 @click.option("--blind", is_flag=True, help="Only what a label may be proposed from: no label, no score, no held-out text.")
 @_json_option
 @click.pass_obj
-def show(root: Path, sae: str, feature: str, examples: int, blind: bool, as_json: bool) -> None:
+def show(root: Location, sae: str, feature: str, examples: int, blind: bool, as_json: bool) -> None:
     """Show one feature: its label, the test of it, and where it fires. SAE may be a part of a key; FEATURE is a number,
     or LAYER.INDEX of a crosscoder or CLT. Look with --blind before you annotate: who has seen the test cannot be tested."""
     from dataclasses import asdict
@@ -179,7 +180,7 @@ def show(root: Path, sae: str, feature: str, examples: int, blind: bool, as_json
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Features to pass over.")
 @_json_option
 @click.pass_obj
-def list_features(root: Path, sae: str | None, status: str | None, limit: int, offset: int, as_json: bool) -> None:
+def list_features(root: Location, sae: str | None, status: str | None, limit: int, offset: int, as_json: bool) -> None:
     """List the SAEs of the atlas, or with SAE (or a part of its key) its features in order."""
     from scopeatlas import rendering
     from scopeatlas.atlas.search import open_atlas
@@ -200,7 +201,7 @@ def list_features(root: Path, sae: str | None, status: str | None, limit: int, o
 @cli.command()
 @_json_option
 @click.pass_obj
-def status(root: Path, as_json: bool) -> None:
+def status(root: Location, as_json: bool) -> None:
     """Where each SAE stands: its last finished stage, counts, size, and what failed."""
     from scopeatlas import rendering
     from scopeatlas.upkeep import status as read_status
@@ -219,7 +220,7 @@ def status(root: Path, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be freed.")
 @_json_option
 @click.pass_obj
-def prune(root: Path, sae: str | None, dry_run: bool, as_json: bool) -> None:
+def prune(root: Location, sae: str | None, dry_run: bool, as_json: bool) -> None:
     """Free the activations of published SAEs, and generations that newer ones replaced."""
     from scopeatlas import rendering
     from scopeatlas.storage.files import human_bytes
@@ -279,29 +280,60 @@ def _facts(dictionary: "SparseDictionary") -> dict[str, object]:
 
 
 @cli.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("releases", nargs=-1, required=True)
 @click.option("--tokens", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Tokens of the corpus.")
 @click.option("--context-length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of a context.")
 @click.option("--memory-gb", type=click.FloatRange(min=0), help="Memory besides the subject model [default: what is free].")
+@click.option("--per-run", type=click.IntRange(min=1), default=16, show_default=True, help="SAEs that share a run.")
+@click.option("--site", default="*", help="Only this site in the release's own word, such as resid_post; may be a glob.")
+@click.option("--subject", help="The subject model, where a folder names none: a Hub id, a folder or package:NAME.")
+@click.option(
+    "--rates",
+    "rates_file",
+    type=click.Path(exists=True, path_type=Path),
+    help="Measured rates [default: rates.json in the store].",
+)
+@click.option("--usd-per-hour", type=click.FloatRange(min=0), help="Price of the machine that the rates are of.")
+@click.option(
+    "--llm-features", type=click.IntRange(min=0), default=100, show_default=True, help="Features of each SAE for an LLM."
+)
+@click.option("--llm-tokens", type=click.IntRange(min=0), default=0, help="LLM tokens for each of them.")
+@click.option("--usd-per-million", type=click.FloatRange(min=0), help="Price of a million LLM tokens.")
 @_json_option
 @click.pass_obj
-def plan(root: Path, folders: tuple[Path, ...], tokens: int, context_length: int, memory_gb: float | None, as_json: bool) -> None:
-    """What a pass over the SAEs in FOLDERS (releases, or single SAEs) would need of memory and disk, by shapes alone."""
+def plan(
+    root: Location,
+    releases: tuple[str, ...],
+    tokens: int,
+    context_length: int,
+    memory_gb: float | None,
+    per_run: int,
+    site: str,
+    subject: str | None,
+    rates_file: Path | None,
+    usd_per_hour: float | None,
+    llm_features: int,
+    llm_tokens: int,
+    usd_per_million: float | None,
+    as_json: bool,
+) -> None:
+    """What indexing RELEASES would take: passes, operations, bytes, hours and money, by shapes alone, with the arithmetic.
+    Each is a folder of SAEs, or a release of Gemma Scope 2 by name: gemma-scope-2 is all of them."""
     from scopeatlas import rendering
-    from scopeatlas.planning import plan_folders
+    from scopeatlas.costs import Prices
+    from scopeatlas.planning import Work, model_shape, plan_releases
+    from scopeatlas.rates import FILE, read_rates
 
     memory = None if memory_gb is None else int(memory_gb * 1e9)
-    made = plan_folders(folders, tokens=tokens, context_length=context_length, store=root, memory_bytes=memory)
-    if not as_json:
-        for line in made.lines():
-            click.echo(line)
-        return
-    sizes = {
-        name: vars(footprint) | {"sites": {str(site): d for site, d in footprint.sites.items()}, "disk": made.disk[name]}
-        for name, footprint in made.footprints.items()
-    }
-    named = ("device", "available", "batch_tokens", "chunks", "batch", "refused")
-    rendering.print_json({name: getattr(made, name) for name in named} | {"footprints": sizes})
+    shape = None if subject is None else model_shape(subject)
+    work = Work(tokens, context_length, memory_bytes=memory, per_run=per_run, site=site, subject=shape)
+    rates = read_rates(rates_file or root / FILE)
+    prices = Prices(usd_per_hour, llm_features=llm_features, llm_tokens=llm_tokens, usd_per_million=usd_per_million)
+    made = plan_releases(releases, work, store=root, rates=rates, prices=prices)
+    if as_json:
+        rendering.print_json(made.as_dict())
+    else:
+        click.echo("\n".join(made.lines()))
 
 
 @cli.command()
@@ -314,7 +346,7 @@ def plan(root: Path, folders: tuple[Path, ...], tokens: int, context_length: int
 @_json_option
 @click.pass_obj
 def catalog(
-    root: Path,
+    root: Location,
     model: str | None,
     site: str | None,
     width: str | None,
@@ -336,16 +368,19 @@ def catalog(
         rendering.print_catalog(rendering.console(), rows)
 
 
-def _store(root: Path) -> "Store":
+def _store(root: Location) -> "Store":
     """The store, which must exist: a mistyped folder is not an empty store."""
     from scopeatlas.storage.store import Store
 
-    if not root.is_dir():
+    with reaching(root):
+        is_there = root.is_dir()
+    if not is_there:
         raise StoreError(f"no store at {root}; run the pipeline first, or set --store or {STORE_VARIABLE}")
     return Store(root)
 
 
 cli.add_command(annotate)
+cli.add_command(delphi)
 cli.add_command(report)
 cli.add_command(spent)
 

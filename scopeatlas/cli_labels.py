@@ -3,12 +3,12 @@
 What belongs here: commands about labels. What does not: the group they belong to and its errors (`cli.py`).
 """
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from scopeatlas.errors import NotReadyError
+from scopeatlas.storage.uris import Location
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 
@@ -22,7 +22,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--author", default="", help="Who says so; each author has one label of a feature.")
 @click.option("--retract", is_flag=True, help="Take this author's label back instead.")
 @click.pass_obj
-def annotate(root: Path, sae: str, feature: str, reads: str, writes: str, label: str, author: str, retract: bool) -> None:
+def annotate(root: Location, sae: str, feature: str, reads: str, writes: str, label: str, author: str, retract: bool) -> None:
     """Write down what FEATURE of SAE READS, in your own words. It is tested like any other label when the labels are next
     made (make run, or `scopeatlas label`)."""
     from scopeatlas.atlas.search import open_atlas
@@ -48,7 +48,7 @@ def annotate(root: Path, sae: str, feature: str, reads: str, writes: str, label:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
 @_json
 @click.pass_obj
-def report(root: Path, sae: str, examples: int, seed: int, as_json: bool) -> None:
+def report(root: Location, sae: str, examples: int, seed: int, as_json: bool) -> None:
     """Say how many features of SAE have a label, why the others have none, and how the labels fare beside every control."""
     from scopeatlas import rendering
     from scopeatlas.atlas.search import open_atlas
@@ -72,16 +72,20 @@ def report(root: Path, sae: str, examples: int, seed: int, as_json: bool) -> Non
     rendering.print_labels(rendering.console(), drawn)
 
 
-def draw_labels(scores: Path, outcomes: Path, count: int, seed: int) -> list[dict[str, Any]]:
+def draw_labels(scores: Location, outcomes: Location, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` tested labels drawn at random from all of them, whatever their score: each with the outcomes of its test."""
     import polars as pl
 
+    from scopeatlas.storage.uris import readable
+
     if not count:
         return []
-    own = pl.read_parquet(scores).filter((pl.col("arm") == "own") & (pl.col("claim") == "reads") & (pl.col("status") == "scored"))
+    own = pl.read_parquet(readable(scores)).filter(
+        (pl.col("arm") == "own") & (pl.col("claim") == "reads") & (pl.col("status") == "scored")
+    )
     own = own.filter(pl.col("balanced_accuracy").is_not_null())
     drawn = own.sample(min(count, len(own)), seed=seed, shuffle=True)
-    shown = pl.read_parquet(outcomes)
+    shown = pl.read_parquet(readable(outcomes))
     return [
         row | {"outcomes": shown.filter((pl.col("label_id") == row["label_id"]) & (pl.col("scorer") == row["scorer"])).to_dicts()}
         for row in drawn.iter_rows(named=True)
@@ -91,7 +95,7 @@ def draw_labels(scores: Path, outcomes: Path, count: int, seed: int) -> list[dic
 @click.command()
 @_json
 @click.pass_obj
-def spent(root: Path, as_json: bool) -> None:
+def spent(root: Location, as_json: bool) -> None:
     """Say what the LLM has cost so far, by purpose: answers, and what is reserved for requests whose answer never came."""
     from scopeatlas import rendering
     from scopeatlas.llm.journal import read_journal

@@ -24,8 +24,9 @@ from scopeatlas.dictionaries.registration import announce
 from scopeatlas.dictionaries.releases import SaeEntry, find_saes
 from scopeatlas.dictionaries.watching import WatchRule, WatchState, poll
 from scopeatlas.errors import DictionaryError, ScopeAtlasError
-from scopeatlas.storage.files import content_hash, locked, read_json, write_json
+from scopeatlas.storage.files import content_hash, locked, read_json_if_there, write_json
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import Location
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.upkeep import status
 
@@ -262,12 +263,13 @@ def _count(rows: Sequence[CatalogRow]) -> dict[str, int]:
     return {state: sum(row.state == state for row in rows) for state in {row.state for row in rows}}
 
 
-def _state_file(store: Store, rules: Sequence[WatchRule], subject: SubjectModel) -> Path:
+def _state_file(store: Store, rules: Sequence[WatchRule], subject: SubjectModel) -> Location:
     """What was polled, by what was asked: scenarios that share a store do not forget each other's repos."""
     asked = content_hash([asdict(rule) for rule in rules], subject.name, list(subject.serves))
     return store.root / "discovery" / f"{asked[:16]}.json"
 
 
-def _read_state(store: Store, path: Path) -> WatchState:
+def _read_state(store: Store, path: Location) -> WatchState:
     """An atlas that was lost takes the queue with it, so everything is looked at anew."""
-    return read_json(path) if path.exists() and has_table(store.root, CATALOG) else WatchState()
+    state = read_json_if_there(path)
+    return state if state is not None and has_table(store.root, CATALOG) else WatchState()

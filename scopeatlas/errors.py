@@ -28,6 +28,14 @@ class SubjectModelError(ScopeAtlasError):
     """The subject model cannot be loaded, or has no such site."""
 
 
+class RunnerError(ScopeAtlasError):
+    """A shard's work failed, its workers were lost time and again, or no worker could be had."""
+
+
+class ExchangeError(ScopeAtlasError):
+    """Files of another tool are missing, damaged, or not of the layout or the SAE that they are taken for."""
+
+
 class NotReadyError(ScopeAtlasError):
     """A stage was asked for before the stage that it reads has finished."""
 

@@ -10,9 +10,10 @@ import polars as pl
 
 from scopeatlas.atlas.search import FeatureHit
 from scopeatlas.atlas.tables import SCORES
-from scopeatlas.mining.examples import read_examples
+from scopeatlas.mining.examples import read_examples, vocabulary_path
 from scopeatlas.mining.windows import mark
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import readable
 from scopeatlas.upkeep import record_in_use
 
 
@@ -53,9 +54,9 @@ def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
     def rows(stage: str, suffix: str, column: str, value: object) -> pl.DataFrame:
         record = record_in_use(store, hit.sae, hit.corpus, stage)
         path = record and store.stage(hit.sae, hit.corpus, stage).data_path(record.key, suffix)
-        if path is None or not path.exists() or column not in pl.read_parquet_schema(path):
+        if path is None or not path.exists() or column not in pl.read_parquet_schema(readable(path)):
             return pl.DataFrame()
-        return pl.scan_parquet(path).filter(pl.col(column) == value).collect()
+        return pl.scan_parquet(readable(path)).filter(pl.col(column) == value).collect()
 
     return FeatureEvidence(
         windows=_windows(store, hit),
@@ -84,11 +85,9 @@ def _windows(store: Store, hit: FeatureHit) -> tuple[Window, ...]:
     if record is None:
         return ()
     path = store.stage(hit.sae, hit.corpus, "examples").data_path(record.key, ".windows.parquet")
-    if not path.exists():
+    if not path.exists() or not vocabulary_path(path).exists():  # made before windows had a vocabulary beside them
         return ()
     table = read_examples(path, [hit.feature])
-    if "texts" not in table.columns:  # made before windows carried their texts
-        return ()
     return tuple(
         Window(
             split=row["split"],

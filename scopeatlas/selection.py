@@ -5,7 +5,6 @@ What belongs here: from words to feature numbers. What does not: what is then do
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import ConfigError
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import Location
 from scopeatlas.subject.loading import SubjectModel
 
 _PART = re.compile(r"(?P<first>\d+(\.\d+)?)(-(?P<last>\d+(\.\d+)?))?")
@@ -92,6 +92,6 @@ def features_of_text(probe: Probe, text: str, *, count: int) -> list[int]:
     return features[np.argsort(-peaks, kind="stable")][:count].tolist()
 
 
-def features_of_query(root: Path, sae: str, query: str, *, count: int) -> list[int]:
+def features_of_query(root: Location, sae: str, query: str, *, count: int) -> list[int]:
     """The `count` features of an SAE whose descriptions come closest to what `query` says, the closest first."""
     return [hit.feature for hit in open_atlas(root).search(query, k=count, sae=sae)]

@@ -66,7 +66,7 @@ def built(tmp_path_factory) -> Path:
         store.register(sae, {"key": sae})
     store.register(WAITING, {"key": WAITING})
     write_stage(store, "activations", "000", {".parquet": b"x" * BYTES})
-    write_stage(store, "examples", "examples", {".windows.parquet": windows()})
+    write_stage(store, "examples", "examples", {".windows.parquet": windows(), ".vocabulary.parquet": VOCABULARY})
     write_stage(store, "labels", "labels", {".falsification.parquet": falsification()}, by_status={})
     write_stage(store, "scores", "scores", {".parquet": scores(), ".outcomes.parquet": outcomes()}, scored=1)
     return root
@@ -81,6 +81,11 @@ def write_stage(store: Store, stage: str, name: str, files: dict[str, bytes | pl
     folder.commit(key, [folder.data_path(key, suffix) for suffix in files], facts)
 
 
+VOCABULARY = pl.DataFrame({"text": ["Our", " puppy", " [b]barks", "\n", "a", " hound", "the", " dog"]}).select(
+    pl.int_range(pl.len(), dtype=pl.Int32).alias("token"), "text"
+)
+
+
 def windows() -> pl.DataFrame:
     def window(split: str, kind: str, texts: list[str], activations: list[float]) -> dict[str, object]:
         facts = {
@@ -92,7 +97,8 @@ def windows() -> pl.DataFrame:
             "document_id": "d",
             "peak": max(activations),
         }
-        return facts | {"peak_at": 1, "tokens": [7] * 4, "texts": texts, "activations": activations}
+        tokens = [VOCABULARY["text"].to_list().index(text) for text in texts]
+        return facts | {"peak_at": 1, "tokens": [*tokens, -1, -1][:4], "activations": activations}
 
     return pl.DataFrame(
         [
@@ -100,7 +106,7 @@ def windows() -> pl.DataFrame:
             window("report", "stratum", ["a", " hound"], [0.0, 2.0, 0.0, 0.0]),
             window("explain", "top", ["the", " dog"], [0.0, 5.0, 0.0, 0.0]),
         ],
-        schema_overrides={"feature": pl.UInt32, "activations": pl.List(pl.Float32)},
+        schema_overrides={"feature": pl.UInt32, "tokens": pl.Array(pl.Int32, 4), "activations": pl.List(pl.Float32)},
     )
 
 
@@ -360,7 +366,7 @@ def test_plan_says_what_a_pass_would_need(sound, tmp_path):
     assert footprint["resident"] == 4 * (4 * 6 * 2 + 6 + 6) and footprint["disk"] == 1000 * 10 * 4
     assert footprint["sites"] == {"model.layers.1.output": 4}
     output = Shell(tmp_path)(*arguments, "1").stdout
-    assert "1 SAEs in 1 pass" in output and name in output and "batches of 256 tokens" in output
+    assert "1 SAEs in 1 pass" in output and name in output and "batches of 2,048 tokens" in output
     assert "needs" in Shell(tmp_path)(*arguments, "0.000001").stdout
 
 

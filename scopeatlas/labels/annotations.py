@@ -8,12 +8,12 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 
 from scopeatlas.errors import ConfigError
 from scopeatlas.hypotheses.labels import Label
 from scopeatlas.labels import versions
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import Location
 
 MAX_LENGTH = 2000
 SHORT_WORDS = 8
@@ -70,7 +70,7 @@ def _standing(entries: Iterable[dict]) -> list[Label]:
     return [found[key] for key in sorted(found)]
 
 
-def _path(store: Store, corpus_id: str, sae: str) -> Path:
+def _path(store: Store, corpus_id: str, sae: str) -> Location:
     return store.stage(sae, corpus_id, "labels").root / "annotations.jsonl"
 
 

@@ -7,7 +7,6 @@ what was measured. What does not: measuring (`mining/promoted.py`, `mining/steer
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -20,6 +19,7 @@ from scopeatlas.labels import versions
 from scopeatlas.mining.examples import FeatureExamples
 from scopeatlas.mining.steering import raised_tokens, token_changes
 from scopeatlas.runner.local import Log
+from scopeatlas.storage.uris import Location
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.vocabulary import token_texts
 
@@ -66,7 +66,7 @@ def read_outputs(
 
 
 def steered(
-    path: Path,
+    path: Location,
     source: str,
     features: Sequence[int],
     *,

@@ -94,7 +94,8 @@ def _score_token_candidates(units: Units, select: Firings, candidates: pl.DataFr
     measured = [pl.DataFrame(schema={"candidate": pl.UInt32, "hits": pl.Int64, "total": pl.Int64})]
     for (column,), members in candidates.group_by(["column"], maintain_order=True):
         name = str(column)
-        found = members.join(key_hits(units, select, name), on=["feature", "key"], how="left")
+        hits = key_hits(units, select, name, among=members)
+        found = members.join(hits, on=["feature", "key"], how="left")
         found = found.join(key_totals(units, "select", name), on="key", how="left").fill_null(0)
         measured.append(found.group_by("candidate").agg(pl.col("hits").sum(), pl.col("total").sum()))
     grouped = candidates.group_by("candidate", "feature", "column", maintain_order=True).agg(keys=pl.col("key"))

@@ -53,6 +53,7 @@ from scopeatlas.runner.local import Log
 from scopeatlas.storage.files import content_hash
 from scopeatlas.storage.records import ShardKey
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import readable
 from scopeatlas.subject.loading import SubjectModel
 
 
@@ -108,7 +109,7 @@ class LabelRun:
     def counts(self) -> pl.DataFrame:
         """`firing_counts`, from the stage's folder if an earlier run left them there: the firings may be pruned by now."""
         if self.stage.is_done(self.counts_key):
-            return pl.read_parquet(self.stage.data_path(self.counts_key, ".parquet"))
+            return pl.read_parquet(readable(self.stage.data_path(self.counts_key, ".parquet")))
         return firing_counts(self.units, self.firings)
 
     @cached_property
@@ -134,7 +135,7 @@ class LabelRun:
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        return nearest_features(self.dictionary, self.firings, self.units)
+        return nearest_features(self.dictionary, self.examples)
 
     def by_evidence(self) -> list[int]:
         """The features that are not refused, those seen in most explain documents first."""

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import polars as pl
 
@@ -28,9 +27,10 @@ from scopeatlas.llm.estimate import Estimate
 from scopeatlas.llm.journal import open_journal, read_journal
 from scopeatlas.mining.examples import examples_key
 from scopeatlas.runner.local import Log, silent
-from scopeatlas.storage.files import atomic_path, content_hash, locked, read_json, write_json
+from scopeatlas.storage.files import atomic_path, content_hash, locked, read_json_if_there, write_json
 from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import Location, readable
 from scopeatlas.subject.loading import SubjectModel
 
 STAGE_VERSION = 4
@@ -192,7 +192,7 @@ def _rules(run: LabelRun, stage: StageFolder) -> list[Label]:
     _write(stage, run.counts_key, lambda: run.counts)
     key = ShardKey("rules", content_hash(RULES_VERSION, run.examples.key.identity, asdict(run.settings.rules)))
     _write(stage, key, lambda: label_table(run.rules()))
-    return labels_of(pl.read_parquet(stage.data_path(key, ".parquet")))
+    return labels_of(pl.read_parquet(readable(stage.data_path(key, ".parquet"))))
 
 
 def _write(stage: StageFolder, key: ShardKey, make: Callable[[], pl.DataFrame]) -> None:
@@ -209,21 +209,21 @@ def _people(run: LabelRun, store: Store) -> list[Label]:
     return [label for label in standing if label.feature < len(run.examples.features)]
 
 
-def _keep(folder: Path, labels: Sequence[Label]) -> None:
+def _keep(folder: Location, labels: Sequence[Label]) -> None:
     """Remember what an LLM said, for the generations in which another one is asked."""
     path = folder / "proposals.jsonl"
     known = {versions.from_entry(entry).label_id for entry in versions.read(path)}
     versions.append(path, [versions.as_entry(label) for label in labels if label.label_id not in known])
 
 
-def _earlier(folder: Path, settings: LabelSettings) -> list[Label]:
+def _earlier(folder: Location, settings: LabelSettings) -> list[Label]:
     """What explainers other than the present one said, the last first."""
     said = [versions.from_entry(entry) for entry in reversed(versions.read(folder / "proposals.jsonl"))]
     return [label for label in said if label.version != settings.version]
 
 
 @contextmanager
-def _asking(store: Store, folder: Path, settings: LabelSettings, *, retry: bool, log: Log) -> Iterator[Asking | None]:
+def _asking(store: Store, folder: Location, settings: LabelSettings, *, retry: bool, log: Log) -> Iterator[Asking | None]:
     """Somebody to ask, if there is an LLM; how often what was asked is remembered, also when the run fails."""
     if not (settings.version or settings.judge.enabled):
         yield None
@@ -237,14 +237,14 @@ def _asking(store: Store, folder: Path, settings: LabelSettings, *, retry: bool,
             _update(folder / "asked.json", {"attempts": asking.attempts})
 
 
-def _remember(folder: Path, version: str, features: Sequence[int]) -> None:
+def _remember(folder: Location, version: str, features: Sequence[int]) -> None:
     """Add to the features that an explainer is asked about in every run from now on."""
     known = _read(folder / "asked.json").get("features", {})
     _update(folder / "asked.json", {"features": {version: sorted({*known.get(version, []), *features})}})
 
 
-def _update(path: Path, changes: dict[str, object]) -> None:
-    """Merge `changes`, two levels deep, into a JSON file; several processes may do so."""
+def _update(path: Location, changes: dict[str, object]) -> None:
+    """Merge `changes`, two levels deep, into a JSON file; several processes of this machine may do so."""
     with locked(path.with_suffix(".lock")):
         known = _read(path)
         merged = {k: {**known.get(k, {}), **v} if isinstance(v, dict) else v for k, v in changes.items()}
@@ -252,8 +252,8 @@ def _update(path: Path, changes: dict[str, object]) -> None:
             write_json(path, {**known, **merged})
 
 
-def _read(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+def _read(path: Location) -> dict:
+    return read_json_if_there(path) or {}
 
 
 def _commit(stage: StageFolder, labels: FeatureLabels) -> None:
@@ -267,5 +267,6 @@ def _commit(stage: StageFolder, labels: FeatureLabels) -> None:
 
 def _open(stage: StageFolder, key: ShardKey) -> FeatureLabels:
     facts = stage.record(key).facts
-    table, falsification = (pl.read_parquet(stage.data_path(key, suffix)) for suffix in (".parquet", ".falsification.parquet"))
+    paths = (stage.data_path(key, suffix) for suffix in (".parquet", ".falsification.parquet"))
+    table, falsification = (pl.read_parquet(readable(path)) for path in paths)
     return FeatureLabels(table, falsification, Tally(**facts["tally"]), key)

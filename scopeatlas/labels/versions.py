@@ -1,4 +1,5 @@
-"""Labels that are kept for good: append-only files of JSON lines, fsynced, in the labels stage's folder.
+"""Labels that are kept for good: append-only files of JSON lines, fsynced, in the labels stage's folder; in an object store
+a folder of segments instead of each file.
 
 What belongs here: adding lines and reading them back. What does not: which labels are kept and which is current
 (`stage.py`, `annotations.py`, `choosing.py`).
@@ -14,14 +15,20 @@ from typing import Any
 
 from scopeatlas.errors import StoreError
 from scopeatlas.hypotheses.labels import Label
+from scopeatlas.storage.segments import append_segment, read_segments
+from scopeatlas.storage.uris import Location
 
 
-def append(path: Path, entries: Sequence[Mapping[str, object]]) -> None:
+def append(path: Location, entries: Sequence[Mapping[str, object]]) -> None:
     """Add `entries`, one JSON line each; several processes may do so. Raises StoreError if they cannot be written.
 
     A line that a crash cut short is cut off before the first new one.
     """
     lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in entries).encode("ascii")
+    if not isinstance(path, Path):
+        if lines:
+            append_segment(path, lines)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as stream:
@@ -34,11 +41,9 @@ def append(path: Path, entries: Sequence[Mapping[str, object]]) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror}; make the folder writable or free space") from error
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Location) -> list[dict[str, Any]]:
     """Every whole line, in the order of writing; none if there is no file. Raises StoreError if one is damaged."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
+    content = _content(path)
     entries = []
     for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
         try:
@@ -58,6 +63,12 @@ def from_entry(entry: Mapping[str, object]) -> Label:
     """The label that `as_entry` was made of."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     return Label(**values, current=False)  # type: ignore[arg-type]  # as_entry wrote the fields of a Label
+
+
+def _content(path: Location) -> bytes:
+    if isinstance(path, Path):
+        return path.read_bytes() if path.exists() else b""
+    return b"".join(read_segments(path))
 
 
 def _whole(content: bytes) -> int:

@@ -6,7 +6,6 @@ metric leaves this module without the controls that its scorer must have.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -18,6 +17,7 @@ from scopeatlas.judges.rounds import WINDOWS_PER_REQUEST
 from scopeatlas.scoring.controls import REQUIRED
 from scopeatlas.scoring.table import MAIN_METRIC, Arm, Scorer, arm, own
 from scopeatlas.storage.files import read_json
+from scopeatlas.storage.uris import Location
 
 SHOWN: dict[Scorer, tuple[str, ...]] = {
     "rule_execution": ("balanced_accuracy", "f1", "auprc", "specificity_trigger", "specificity_neighbour"),
@@ -133,7 +133,7 @@ class Report:
         return lines
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Location) -> Report:
     """The report that was written as JSON. Raises StoreError if there is none, or it is damaged."""
     try:
         return TypeAdapter(Report).validate_python(read_json(path))

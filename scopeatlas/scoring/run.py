@@ -29,7 +29,7 @@ from scopeatlas.labels.asking import Asking
 from scopeatlas.labels.stage import LabelSettings, label_features
 from scopeatlas.llm.config import ServerConfig
 from scopeatlas.llm.requests import ChatRequest
-from scopeatlas.mining.examples import mine_examples
+from scopeatlas.mining.examples import examples_key, mine_examples, open_examples
 from scopeatlas.runner.local import Log
 from scopeatlas.scoring.execution import execute_rules
 from scopeatlas.scoring.judged import Judges, judge_labels, judge_prompts, make_trials
@@ -127,7 +127,8 @@ class ScoreRun:
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        return nearest_features(self.dictionary, self.firings, self.units)
+        key = examples_key(self.corpus, self.entry, self.subject)
+        return nearest_features(self.dictionary, open_examples(self.store, self.corpus.id, self.entry.key, key))
 
     @cached_property
     def nulls(self) -> Firings | None:

@@ -24,9 +24,10 @@ from scopeatlas.scoring.report import Report, read_report, report
 from scopeatlas.scoring.retrieval import Embed
 from scopeatlas.scoring.run import ScoreRun, ScoreSettings
 from scopeatlas.scoring.table import own, score_table
-from scopeatlas.storage.files import atomic_path, content_hash, read_json, write_json
+from scopeatlas.storage.files import atomic_path, content_hash, read_json_if_there, write_json
 from scopeatlas.storage.records import ShardKey, StageFolder
 from scopeatlas.storage.store import Store
+from scopeatlas.storage.uris import readable
 from scopeatlas.subject.loading import SubjectModel
 
 STAGE_VERSION = 5
@@ -143,7 +144,7 @@ def _labels(store: Store, corpus: Corpus, entry: SaeEntry, subject: SubjectModel
     stage, key = store.stage(entry.key, corpus.id, "labels"), labels_key(store, corpus, entry, subject, settings)
     if not stage.is_done(key):
         raise NotReadyError(f"{entry.key} has no labels to score with these settings: materialise feature_labels first")
-    return pl.read_parquet(stage.data_path(key, ".parquet"))
+    return pl.read_parquet(readable(stage.data_path(key, ".parquet")))
 
 
 def _run(
@@ -161,8 +162,7 @@ def _run(
 
 
 def _unfinished(stage: StageFolder) -> dict[str, str]:
-    path = stage.root / _UNFINISHED
-    return read_json(path) if path.exists() else {}
+    return read_json_if_there(stage.root / _UNFINISHED) or {}
 
 
 def _commit(stage: StageFolder, scores: LabelScores) -> None:
@@ -176,5 +176,6 @@ def _commit(stage: StageFolder, scores: LabelScores) -> None:
 
 
 def _open(stage: StageFolder, key: ShardKey) -> LabelScores:
-    table, outcomes = (pl.read_parquet(stage.data_path(key, suffix)) for suffix in (".parquet", ".outcomes.parquet"))
+    paths = (stage.data_path(key, suffix) for suffix in (".parquet", ".outcomes.parquet"))
+    table, outcomes = (pl.read_parquet(readable(path)) for path in paths)
     return LabelScores(table, outcomes, read_report(stage.data_path(key, ".report.json")), key)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
+from scopeatlas.labels.stage import FeatureLabels, LabelSettings, label_features
 from tests.explainer_brain import ExplainerBrain
+from tests.labels.staging import RULES, Label, config
 from tests.llm_server import Server
 from tests.planted import Planted, planted_chain
 
@@ -34,3 +37,25 @@ def mined(medium, subject, tmp_path_factory) -> Planted:
 def planted(mined, tmp_path) -> Planted:
     """A copy of `mined`, to be changed."""
     return mined.copy(tmp_path / "store")
+
+
+@pytest.fixture
+def label(subject) -> Label:
+    """Label the features of a store by some settings, rules alone unless said otherwise."""
+
+    def label(planted: Planted, settings: LabelSettings = RULES, **options) -> FeatureLabels:
+        return label_features(planted.store, planted.corpus, planted.entry, subject, settings=settings, **options)[0]
+
+    return label
+
+
+@pytest.fixture
+def asking(server) -> LabelSettings:
+    """Rules, and the LLM of the loopback server."""
+    return LabelSettings(explainer=config(server), method="contrastive")
+
+
+@pytest.fixture
+def judging(asking) -> LabelSettings:
+    """The same, and that LLM is the judge too."""
+    return replace(asking, judge=asking.explainer)

@@ -21,7 +21,7 @@ PLANTED = {
     "next": Rule("next", (" of",)),
     "bigram": Rule("bigram", (f"in{PAIR}the",)),
     "shape": Rule("shape", ("digits",)),
-    "of and a capital": Rule("and", parts=(Rule("previous", (" of",)), Rule("shape", ("capitalised",)))),
+    "a capital after": Rule("and", parts=(Rule("previous", (" of", " the")), Rule("shape", ("capitalised",)))),
     "polysemantic": Rule("or", parts=(Rule("suffix", ("ing",)), Rule("previous", (" the",)))),
     "exception": Rule("and_not", parts=(Rule("word", ("the",)), Rule("previous", (" of", " in")))),
     "position": Rule("position", ("1", "2", "3", "4", "5")),
@@ -83,7 +83,8 @@ def test_planted_features_are_recovered_with_the_right_kind_of_rule(units, firin
     assert found["next"] == Rule("next", (" of",))
     assert found["bigram"] == PLANTED["bigram"]
     assert found["shape"] == PLANTED["shape"]
-    assert set(found["of and a capital"].parts or ()) == set(PLANTED["of and a capital"].parts)
+    capital = {part.kind: set(part.keys) for part in found["a capital after"].parts or ()}
+    assert capital["shape"] == {"capitalised"} and capital["previous"] >= {" of", " the"}  # or more, if strays follow it
     assert set(found["polysemantic"].parts or ()) == set(PLANTED["polysemantic"].parts)
     exception = found["exception"]
     assert exception.kind == "and_not" and exception.parts[0].keys in {("the",), (" the",)}

@@ -2,84 +2,23 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 
 import polars as pl
 import pytest
 
-from scopeatlas.corpus.leakage import find_leaks
 from scopeatlas.errors import ConfigError, ExplainerError, NotReadyError
 from scopeatlas.hypotheses.labels import LABEL_SCHEMA
 from scopeatlas.hypotheses.rules import Rule
-from scopeatlas.labels.annotations import annotate, retract
 from scopeatlas.labels.outputs import writes_claims
-from scopeatlas.labels.rule_labeller import RuleSettings
-from scopeatlas.labels.stage import FeatureLabels, LabelSettings, documents_read, estimate_labels, label_features, labels_key
-from scopeatlas.llm.config import ServerConfig
+from scopeatlas.labels.stage import LabelSettings, estimate_labels, label_features, labels_key
 from scopeatlas.llm.journal import read_journal
 from scopeatlas.mining.examples import examples_key, open_examples
 from scopeatlas.subject.vocabulary import token_texts
 from tests.conftest import WIDTH
-from tests.explainer_brain import ExplainerBrain, evidence_of, explanation
-from tests.llm_server import Server
-from tests.planted import (
-    DEAD,
-    DENSE,
-    EXACT,
-    NO_REPORT,
-    OTHER_RANDOM,
-    RANDOM,
-    RARE,
-    Planted,
-    elsewhere,
-    mined_again,
-    plant,
-    silent_in,
-)
-
-RULES = LabelSettings()
-STRICT = LabelSettings(RuleSettings(min_lift=0.9))
-ASKED = [feature for feature in range(DEAD) if feature not in (RARE, DENSE)]
-Label = Callable[..., FeatureLabels]
-
-
-def config(server: Server, **changes) -> ServerConfig:
-    return ServerConfig(**{"model": "m", "base_url": server.url, "max_attempts": 2, **changes})
-
-
-@pytest.fixture
-def label(subject) -> Label:
-    def label(planted: Planted, settings: LabelSettings = RULES, **options) -> FeatureLabels:
-        return label_features(planted.store, planted.corpus, planted.entry, subject, settings=settings, **options)[0]
-
-    return label
-
-
-@pytest.fixture
-def asking(server) -> LabelSettings:
-    """Rules, and the LLM of the loopback server."""
-    return LabelSettings(explainer=config(server), method="contrastive")
-
-
-@pytest.fixture
-def judging(asking) -> LabelSettings:
-    """The same, and that LLM is the judge too."""
-    return replace(asking, judge=asking.explainer)
-
-
-def by_llm(labels: FeatureLabels) -> pl.DataFrame:
-    return labels.table.filter(pl.col("method") == "llm")
-
-
-def provenance_of(labels: FeatureLabels, feature: int, method: str) -> dict:
-    is_it = (pl.col("feature") == feature) & (pl.col("method") == method)
-    return json.loads(labels.table.row(by_predicate=is_it, named=True)["provenance"])
-
-
-def current_of(labels: FeatureLabels, feature: int) -> dict:
-    return labels.current.row(by_predicate=pl.col("feature") == feature, named=True)
-
+from tests.explainer_brain import ExplainerBrain, explanation
+from tests.labels.staging import ASKED, RULES, STRICT, by_llm, config, current_of, provenance_of
+from tests.planted import DEAD, DENSE, EXACT, NO_REPORT, OTHER_RANDOM, RANDOM, RARE, plant
 
 # Rules -----------------------------------------------------------------------------------------------------------------
 
@@ -214,47 +153,6 @@ def test_a_server_that_cannot_be_reached_commits_no_labels(planted, server, aski
     assert {record.key.name for record in stage.records()} <= {"counts", "rules"}
 
 
-# What an LLM is shown --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("changed", "split"), [(elsewhere, "select"), (elsewhere, "report"), (silent_in, "report")])
-def test_what_an_explainer_is_shown_does_not_depend_on_held_out_documents(
-    medium, mined, subject, serve, tmp_path, label, changed, split
-):
-    sent = []
-    for name, firings in {"as they are": mined.firings, "changed": changed(mined.units, mined.firings, split)}.items():
-        server = serve()
-        copy = mined_again(medium, subject, mined.units, firings, tmp_path / name)
-        settings = LabelSettings(explainer=config(server), method="contrastive")
-        label(copy, settings, only=[EXACT, RANDOM])
-        sent.append(sorted(json.dumps(body["messages"]) for body in server.requests))
-    assert sent[0] == sent[1] and len(sent[0]) == 2
-
-
-def test_every_document_that_labels_name_is_of_the_split_it_was_read_as(planted, judging, label):
-    read = documents_read(label(planted, judging).table)
-    assert Counter(split for _, split in read).keys() == {"explain", "select"}
-    assert not find_leaks(planted.corpus, read).found
-
-
-def test_a_document_read_as_of_another_split_is_a_leak(planted, judging, label):
-    read = documents_read(label(planted, judging).table)
-    assert find_leaks(planted.corpus, [(document, "report") for document, _ in read[:1]]).found
-
-
-def test_each_request_is_about_one_feature_and_marks_what_fires(planted, server, asking, label):
-    label(planted, asking, only=[EXACT])
-    (body,) = server.requests
-    examples = evidence_of(body)["ACTIVATING EXAMPLES"]
-    assert len(examples) == 20 and all("<<the>>" in example["text"] for example in examples)
-
-
-def test_the_documents_that_edits_are_of_are_read_as_select(planted, label):
-    found = label(planted)
-    tried = pl.DataFrame({"document_id": ["", "doc-b", "doc-a", "doc-b"]})
-    assert documents_read(found.table, tried) == [("doc-a", "select"), ("doc-b", "select")]
-
-
 # Going on --------------------------------------------------------------------------------------------------------------
 
 
@@ -380,121 +278,3 @@ def test_the_estimate_bounds_what_is_then_spent(planted, subject, judging, label
     assert found.tally.usd is not None and found.tally.usd <= before.usd
     after = estimate_labels(planted.store, planted.corpus, planted.entry, subject, settings=settings)
     assert (after.requests, after.answered, after.prompt_tokens) == (found.tally.asked, found.tally.asked, 0)
-
-
-# The choice ------------------------------------------------------------------------------------------------------------
-
-
-def test_with_a_judge_the_label_that_does_best_on_select_documents_is_current(planted, judging, label):
-    found = label(planted, judging)
-    rule, text = provenance_of(found, EXACT, "rule")["choice"], provenance_of(found, EXACT, "llm")["choice"]
-    assert (rule["by"], rule["balanced_accuracy"]) == ("execution", 1.0)
-    assert text["by"] == "detection by m" and text["windows"] == rule["windows"] <= 20
-    assert current_of(found, EXACT)["method"] == ("rule" if text["balanced_accuracy"] <= 1 else "llm")
-    score = by_llm(found).row(by_predicate=pl.col("feature") == EXACT, named=True)["select_score"]
-    assert score == pytest.approx(text["balanced_accuracy"])
-
-
-def test_a_text_that_a_judge_finds_no_better_than_chance_is_not_current(planted, serve, label):
-    says_no = ExplainerBrain(judges=lambda evidence: {str(number): 0 for number, _ in evidence["TEXTS"]})
-    server = serve(brain=says_no)
-    found = label(planted, LabelSettings(explainer=config(server), judge=config(server), method="contrastive"))
-    assert not by_llm(found)["current"].any()
-    assert current_of(found, RANDOM)["status"] == "incoherent"
-
-
-def test_the_estimate_for_a_judge_alone_leaves_the_judges_budget(planted, subject, asking):
-    annotate(planted.store, planted.corpus.id, planted.entry.key, EXACT, reads='The word " the".')
-    settings = LabelSettings(judge=replace(asking.explainer, max_tokens_total=123_456))
-    found = estimate_labels(planted.store, planted.corpus, planted.entry, subject, settings=settings)
-    assert (found.requests, found.room) == (1, 123_456)
-
-
-def test_a_server_with_more_room_for_reasoning_makes_other_labels():
-    less, more = (LabelSettings(judge=ServerConfig("m", reasoning_tokens=tokens)) for tokens in (0, 1000))
-    assert less.identity() != more.identity()
-
-
-@pytest.mark.parametrize("split", ["report", "explain"])
-def test_the_judge_is_shown_select_documents_alone(medium, mined, subject, serve, tmp_path, label, split):
-    sent = []
-    for name, firings in {"as they are": mined.firings, "changed": elsewhere(mined.units, mined.firings, split)}.items():
-        server = serve(brain=ExplainerBrain(explains=lambda evidence: explanation("of")))
-        copy = mined_again(medium, subject, mined.units, firings, tmp_path / name)
-        settings = LabelSettings(explainer=config(server), judge=config(server), method="max_activating")
-        label(copy, settings, only=[EXACT])
-        texts = [evidence_of(body)["TEXTS"] for body in server.requests if "DESCRIPTION" in evidence_of(body)]
-        sent.append({text for round in texts for _, text in round})
-    assert len(sent[0]) > 10
-    assert (sent[0] == sent[1]) == (split == "report")  # what is a trigger, and who the neighbours are, is known from explain
-
-
-def test_firings_in_report_documents_change_no_choice(medium, mined, subject, serve, tmp_path, label):
-    tables = []
-    for name, firings in {"as they are": mined.firings, "changed": elsewhere(mined.units, mined.firings, "report")}.items():
-        server = serve()
-        copy = mined_again(medium, subject, mined.units, firings, tmp_path / name)
-        found = label(copy, LabelSettings(explainer=config(server), judge=config(server), method="contrastive"))
-        tables.append(found.table.drop("provenance"))
-    assert tables[0].equals(tables[1])
-
-
-@pytest.mark.slow
-def test_labels_of_firings_that_the_model_does_not_make_are_falsified_and_never_current_beside_an_ok_one(planted, asking, label):
-    """The planted firings are no model's, so that whatever is said of them fails on the real one."""
-    found = label(planted, replace(asking, falsified_features=3), only=[EXACT, RANDOM])
-    tested = found.table.filter(pl.col("provenance").str.contains('"falsification"'))
-    assert tested["feature"].n_unique() == 3 and {EXACT, RANDOM} <= set(tested["feature"])
-    failed = found.table.filter(pl.col("status") == "falsified")
-    assert EXACT in failed["feature"] and set(failed["label_id"]) <= set(found.falsification["label_id"])
-    counterexamples = found.falsification.filter(~pl.col("passed"))
-    assert set(failed["label_id"]) <= set(counterexamples["label_id"])
-    rivals = found.table.filter(pl.col("feature").is_in(failed["feature"].implode()) & (pl.col("status") == "ok"))
-    assert not failed.filter(pl.col("feature").is_in(rivals["feature"].implode()))["current"].any()
-    assert label(planted, replace(asking, falsified_features=3), only=[EXACT]).falsification.equals(found.falsification)
-
-
-# People ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_persons_label_is_current_where_nobody_judges_and_gone_once_taken_back(planted, label):
-    store, corpus, sae = planted.store, planted.corpus.id, planted.entry.key
-    before = label(planted)
-    made = annotate(store, corpus, sae, EXACT, reads="The definite article.", author="ann")
-    found = label(planted)
-    assert current_of(found, EXACT)["label_id"] == made.label_id and current_of(found, EXACT)["method"] == "human"
-    assert found.table.filter(pl.col("method") == "rule")["feature"].to_list() == list(range(WIDTH))
-    retract(store, corpus, sae, EXACT, author="ann")
-    assert label(planted).table.equals(before.table)
-
-
-def test_a_persons_label_wins_only_if_it_does_at_least_as_well(planted, judging, label):
-    store, corpus, sae = planted.store, planted.corpus.id, planted.entry.key
-    right = annotate(store, corpus, sae, EXACT, reads='The word " the".', author="ann")
-    annotate(store, corpus, sae, NO_REPORT, reads='The word " zebra".', author="ann")
-    found = label(planted, judging)
-    assert current_of(found, EXACT)["label_id"] == right.label_id
-    assert current_of(found, NO_REPORT)["method"] == "rule"
-    rule = found.table.filter((pl.col("feature") == EXACT) & (pl.col("method") == "rule"))["label_id"][0]
-    assert rule in provenance_of(found, EXACT, "human")["choice"]["tied_with"]
-
-
-def test_a_person_cannot_make_a_dead_feature_speak(planted, judging, label):
-    made = annotate(planted.store, planted.corpus.id, planted.entry.key, DEAD, reads='The word " the".', author="ann")
-    for settings in (RULES, judging):
-        found = label(planted, settings)
-        assert current_of(found, DEAD)["status"] == "dead"
-        assert found.current["feature"].to_list() == list(range(WIDTH))
-        assert made.label_id in found.table["label_id"]
-
-
-def test_an_annotation_changes_what_is_asked_of_its_own_feature_alone(planted, subject, server, judging, label):
-    label(planted, judging)
-    before = len(server.requests)
-    claim = 'The word " zebra".'
-    annotate(planted.store, planted.corpus.id, planted.entry.key, NO_REPORT, reads=claim, author="ann")
-    estimated = estimate_labels(planted.store, planted.corpus, planted.entry, subject, settings=judging)
-    label(planted, judging)
-    new = server.requests[before:]
-    assert len(new) == estimated.requests - estimated.answered == 1
-    assert [evidence_of(body)["DESCRIPTION"] for body in new] == [[claim]]

