@@ -38,7 +38,8 @@ class FeatureEvidence:
 
     windows: examples. labels: every label it was ever given (LABEL_SCHEMA). scores: every test of the label that the
     atlas shows, controls and all (SCORE_SCHEMA). outcomes: hits, misses and false alarms of that label on report
-    documents (outcome, scorer, text). counter_examples: texts on which a prediction of one of its labels failed.
+    documents (outcome, scorer, text). counter_examples: texts on which a prediction of one of its labels failed. partners:
+    the features that fire on the same tokens, likest first (partner, both, pmi, jaccard).
     """
 
     windows: tuple[Window, ...]
@@ -46,6 +47,7 @@ class FeatureEvidence:
     scores: pl.DataFrame
     outcomes: pl.DataFrame
     counter_examples: pl.DataFrame
+    partners: pl.DataFrame
 
 
 def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
@@ -64,6 +66,7 @@ def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
         scores=rows("scores", ".parquet", "label_id", hit.label_id),
         outcomes=rows("scores", ".outcomes.parquet", "label_id", hit.label_id),
         counter_examples=_failed(rows("labels", ".falsification.parquet", "feature", hit.feature)),
+        partners=_likest(rows("examples", ".coactivation.parquet", "feature", hit.feature)),
     )
 
 
@@ -73,7 +76,15 @@ def blinded(hit: FeatureHit, evidence: FeatureEvidence) -> tuple[FeatureHit, Fea
     unlabelled = {"method": "", "label": "", "label_id": "", "reads": "", "writes": "", "snippets": (), "search_text": ""}
     windows = tuple(window for window in evidence.windows if window.split == "explain")
     nothing = pl.DataFrame()
-    return replace(hit, **no_scores, **unlabelled), FeatureEvidence(windows, nothing, nothing, nothing, nothing)
+    blind = FeatureEvidence(windows, nothing, nothing, nothing, nothing, evidence.partners)
+    return replace(hit, **no_scores, **unlabelled), blind
+
+
+def _likest(partners: pl.DataFrame) -> pl.DataFrame:
+    if partners.is_empty():
+        return partners
+    likest = partners.filter(pl.col("jaccard_rank").is_not_null()).sort("jaccard_rank")
+    return likest.select("partner", "both", "pmi", "jaccard")
 
 
 def _failed(predictions: pl.DataFrame) -> pl.DataFrame:

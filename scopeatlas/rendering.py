@@ -57,6 +57,7 @@ TOP_PER_STRATUM = 4
 """One window from each stratum is shown for so many of the strongest."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _FIRING = re.compile(r"«[^«»]*»")
+PARTNERS_SHOWN = 5
 
 
 def console() -> Console:
@@ -185,6 +186,7 @@ def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", 
         ("fires on", f"{share(hit.density)}, up to {hit.max_activation:.3g}"),
         ("promotes", quoted(hit.promoted)),
         ("suppresses", quoted(hit.suppressed)),
+        ("fires with", _partners(evidence.partners)),
     ]
     for name, value in facts:
         if value:
@@ -193,6 +195,11 @@ def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", 
     _print_scores(out, hit, evidence.scores)
     _print_outcomes(out, evidence)
     _print_windows(out, hit, evidence.windows, examples)
+
+
+def _partners(partners: "pl.DataFrame") -> str:
+    """The likest few, each with the share of the tokens on which either fires that are tokens of both."""
+    return ", ".join(f"{row['partner']} ({row['jaccard']:.0%})" for row in partners.head(PARTNERS_SHOWN).iter_rows(named=True))
 
 
 def _print_scores(out: Console, hit: "FeatureHit", scores: "pl.DataFrame") -> None:

@@ -66,7 +66,8 @@ def built(tmp_path_factory) -> Path:
         store.register(sae, {"key": sae})
     store.register(WAITING, {"key": WAITING})
     write_stage(store, "activations", "000", {".parquet": b"x" * BYTES})
-    write_stage(store, "examples", "examples", {".windows.parquet": windows(), ".vocabulary.parquet": VOCABULARY})
+    tables = {".windows.parquet": windows(), ".vocabulary.parquet": VOCABULARY, ".coactivation.parquet": partners()}
+    write_stage(store, "examples", "examples", tables)
     write_stage(store, "labels", "labels", {".falsification.parquet": falsification()}, by_status={})
     write_stage(store, "scores", "scores", {".parquet": scores(), ".outcomes.parquet": outcomes()}, scored=1)
     return root
@@ -108,6 +109,12 @@ def windows() -> pl.DataFrame:
         ],
         schema_overrides={"feature": pl.UInt32, "tokens": pl.Array(pl.Int32, 4), "activations": pl.List(pl.Float32)},
     )
+
+
+def partners() -> pl.DataFrame:
+    """Feature 14 fires with 7 most of all, then with 3; with 5 only by the other measure."""
+    ranks = {"partner": [3, 5, 7], "jaccard": [0.2, 0.1, 0.31], "jaccard_rank": [1, None, 0], "pmi": [1.0, 4.0, 2.0]}
+    return pl.DataFrame({"feature": [14] * 3, "both": [9, 2, 20], **ranks})
 
 
 def scores() -> pl.DataFrame:
@@ -189,6 +196,7 @@ def test_show_prints_all_that_is_known(shell):
     output = shell("show", "res-l3", "14").stdout
     assert output.startswith(f"{RES}/14\n{TEXTS[RES][14]}\n") and 'suppresses  "the"' in output
     lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert "fires with 7 (31%), 3 (20%)" in lines
     assert "the rule executed, reads this label 0.70 [0.61, 0.79] - - - tokens of 9 documents" in lines
     assert "a shuffled label 0.04 [0.01, 0.09] - - - tokens of 9 documents" in lines
     held_out, proposed = output.index("report documents: held out"), output.index("explain documents:")
@@ -363,7 +371,7 @@ def test_plan_says_what_a_pass_would_need(sound, tmp_path):
     name = f"{release.name}/resid_post/{sound.name}"
     assert made["chunks"] == [[name]] and made["refused"] == {} and made["available"] == 10**9
     footprint = made["footprints"][name]
-    assert footprint["resident"] == 4 * (4 * 6 * 2 + 6 + 6) and footprint["disk"] == 1000 * 10 * 4
+    assert footprint["resident"] == 4 * (4 * 6 * 2 + 6 + 6) and footprint["disk"] == 1000 * 10 * 3
     assert footprint["sites"] == {"model.layers.1.output": 4}
     output = Shell(tmp_path)(*arguments, "1").stdout
     assert "1 SAEs in 1 pass" in output and name in output and "batches of 2,048 tokens" in output
