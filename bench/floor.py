@@ -158,6 +158,8 @@ def measure(
     parts = [(b + spread) / floor_part for b, floor_part in zip(inside, a, strict=True)]
     nonzeros, stored = stored_bytes(store, corpus, entries, subject)
     after_cache = peak_bytes(device)
+    for entry in entries:
+        shutil.rmtree(store.outputs(entry.key).root, ignore_errors=True)
     started = clock(device)
     if outputs:
         for entry in entries:
@@ -185,7 +187,7 @@ def measure(
         "examples_over_floor": median(mined) / total,
         "outputs_over_floor": made / total if outputs else None,
         "tokens_per_second_both_sides": result.tokens / wall,
-        "tokens_per_second_cache": sum(floor.tokens) / cached,
+        "cache_tokens_per_clock_second": sum(floor.tokens) / cached,
         "nonzeros": nonzeros,
         "l0": nonzeros / sum(floor.tokens) / len(entries),
         "bytes_per_nonzero": stored / nonzeros,

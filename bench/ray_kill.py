@@ -10,7 +10,7 @@ same pass in one process; exit code 1 unless all are equal and nothing but the l
 import argparse
 import sys
 import tempfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,14 +43,20 @@ def with_a_node_killed(cache: CacheRun, nodes: TwoNodes, notes: Path) -> tuple[N
     said: list[str] = []
     noting = Noting(nodes.runner(log=said.append), notes)
 
+    ended = threading.Event()
+
     def kill_half_way() -> None:
         while len(cache.committed()) < len(cache.corpus.shards) / 2:
-            time.sleep(0.05)
+            if ended.wait(0.05):
+                raise SystemExit("the run ended before it was half way")
         nodes.kill_second()
 
     with ThreadPoolExecutor(1) as other:
         killed = other.submit(kill_half_way)
-        cache.run(noting, log=print)
+        try:
+            cache.run(noting, log=print)
+        finally:
+            ended.set()
         killed.result()
     return noting, said
 

@@ -32,7 +32,8 @@ SAES_PER_LAYER = 3
 def prepare(arguments: argparse.Namespace, folder: Path):
     """Subject model, store, corpus and SAEs of one point: made at the first call, found at later ones."""
     subject = replace(subject_model(arguments.device), batch_tokens=arguments.batch_tokens)
-    store = Store(folder / "store")
+    # A store for each point: what an earlier one made would be found done. SAEs and their text are the same.
+    store = Store(folder / f"store-{arguments.tokens}-{arguments.width}-{arguments.saes}")
     corpus = corpus_of(store, subject, arguments.tokens)
     each = min(arguments.saes, SAES_PER_LAYER)
     layers = [arguments.layer + i for i in range(-(-arguments.saes // each))]
@@ -47,7 +48,9 @@ def step(arguments: argparse.Namespace) -> None:
     if arguments.step == "prepare":
         without_outputs(store, entries, subject)
         return
-    _ = subject.model
+    if arguments.step == "cache":
+        for weights in subject.model.parameters():
+            weights.sum()  # its mapped pages count from the start, not as words happen to occur
     before, wall = clock(device), time.monotonic()
     if arguments.step == "cache":
         cache_activations(store, corpus, entries, subject, log=lambda line: print(line, file=sys.stderr, flush=True))

@@ -63,13 +63,13 @@ def stand_ins(
     folder: Path, subject: SubjectModel, corpus: Corpus, layers: Sequence[int], width: int, *, l0: float = 50, each: int = 1
 ) -> list[SaeEntry]:
     """`each` SAEs of the residual stream after each of `layers`, written in Gemma Scope 2's layout."""
-    x = _activations(subject, corpus, layers)
-    entries = []
+    entries, x = [], None
     for layer in layers:
         for number in range(each):
             path = f"layer_{layer}_width_{width}_l0_{l0:g}_seed_{number}"
             target = folder / RELEASE / path
-            if not (target / "params.safetensors").exists():
+            if not (target / "config.json").exists():  # written last
+                x = x or _activations(subject, corpus, layers)
                 _write(target, x[layer], layer, width, l0, seed=1000 * layer + number)
             entries.append(describe_sae(target, release=RELEASE, path=path))
     return entries
@@ -98,12 +98,13 @@ def _write(target: Path, x_td: torch.Tensor, layer: int, width: int, l0: float, 
     w_dec = torch.nn.functional.normalize(torch.randn(width, x_td.shape[1], generator=generator), dim=1)
     centre = x_td.median(0).values  # a mean would follow the outliers
     b_enc = -(w_dec @ centre)
-    fires = max(1, round(len(x_td) * l0 / width))
+    fires = len(x_td) * l0 / width  # of a feature, on the average; a wide one has features that fire on none of this text
     threshold = torch.empty(width)
     for start in range(0, width, TILE_FEATURES):
-        tile = slice(start, start + TILE_FEATURES)
-        pre = torch.addmm(b_enc[tile], x_td, w_dec[tile].T)
-        threshold[tile] = pre.topk(fires + 1, dim=0).values[-1].clamp(min=1e-3)
+        tile = slice(start, min(start + TILE_FEATURES, width))
+        largest = torch.addmm(b_enc[tile], x_td, w_dec[tile].T).topk(int(fires) + 2, dim=0).values
+        count = int(fires) + (torch.rand(1, tile.stop - tile.start, generator=generator) < fires % 1).long()
+        threshold[tile] = largest.gather(0, count)[0].clamp(min=1e-3)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {"w_enc": w_dec.T.contiguous(), "b_enc": b_enc, "threshold": threshold, "w_dec": w_dec, "b_dec": centre}
     save_file(tensors, target / "params.safetensors")

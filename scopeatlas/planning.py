@@ -68,14 +68,17 @@ def plan_releases(
     candidates: dict[str, _Candidate] = {}
     refused: dict[str, str] = {}
     tokens: dict[str, int] = {}
-    for name in names:
-        for sae, found in _named(name).items():
-            sae = f"{name}/{sae}" if sae in candidates or sae in refused else sae
+    for place in dict.fromkeys(_place(name) for name in names):
+        for sae, found in _found(place):
+            if sae in candidates or sae in refused:
+                if isinstance(place, str):
+                    continue  # names may overlap, as gemma-scope-2 and one of its repos
+                sae = f"{place}/{sae}"
             if isinstance(found, str):
                 refused[sae] = found
             elif fnmatchcase(found.site, work.site):
                 candidates[sae] = found
-                tokens[sae] = work.tokens if Path(name).is_dir() else 0
+                tokens[sae] = work.tokens if isinstance(place, Path) else 0
     if not candidates and not refused:
         raise DictionaryError(f"no SAE of {', '.join(names)} has a site '{work.site}'; leave out --site to see which there are")
     device, available = _memory(work)
@@ -113,7 +116,7 @@ def _cost(release: str, candidates: Mapping[str, _Candidate], plans: Sequence[Pa
         for (site, d_in), found in sites.items()
     ]
     depths = [1 + max(site.layer for c in chunk for site in c.footprint.sites) for chunk in chunks]
-    model = work.subject or shape_of(next(iter(candidates.values())).model)
+    model = shape_of(next(iter(candidates.values())).model) or work.subject
     return ReleaseCost(release, costs, model, depths, work.tokens, work.context_length)
 
 
@@ -143,29 +146,33 @@ def _memory(work: Work) -> tuple[str, int]:
     return device.type, free_memory(device) if work.memory_bytes is None else work.memory_bytes
 
 
-def _named(name: str) -> "dict[str, _Candidate | str]":
-    """The SAEs of a folder or a known release, by name; or why one cannot be planned."""
+def _place(name: str) -> Path | str:
+    """The folder that `name` is, in one spelling, or else the name itself."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return dict(_in_folder(folder))
+    return folder.resolve() if folder.is_dir() else name
+
+
+def _found(place: Path | str) -> "Iterator[tuple[str, _Candidate | str]]":
+    """The SAEs of a folder or a known release, by name; or why one cannot be planned."""
+    return _in_folder(place) if isinstance(place, Path) else _listed(place)
+
+
+def _listed(name: str) -> "Iterator[tuple[str, _Candidate | str]]":
     repos = releases_named(name)
     if not repos:
         raise DictionaryError(
             f"{name} is not a folder, and no release of that name is known; give folders of releases or of single SAEs, "
             f"or of {', '.join(listed_releases())}"
         )
-    return {
-        f"{repo}/{path}": _candidate(repo, path.split("/")[0], dictionary)
-        for repo in repos
-        for path, dictionary in listed_saes(repo).items()
-    }
+    for repo in repos:
+        for path, dictionary in listed_saes(repo).items():
+            yield f"{repo}/{path}", _candidate(repo, path.split("/")[0], dictionary)
 
 
-def _in_folder(folder: Path) -> "Iterator[tuple[str, _Candidate | str]]":
-    root = folder.resolve()
+def _in_folder(root: Path) -> "Iterator[tuple[str, _Candidate | str]]":
     found = formats.find(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()))
     if not found:
-        raise DictionaryError(f"{folder} holds no known weight file; give folders of releases or of single SAEs")
+        raise DictionaryError(f"{root} holds no known weight file; give folders of releases or of single SAEs")
     for files in found:
         release = root.name
         if not files.path:  # an SAE's own folder: names that stand for a missing config are those of the folders around it

@@ -25,12 +25,18 @@ from resources.store import StoreResource
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEPLOY = REPOSITORY / "deploy"
 WITH_INSTANCE = ("ray", "kubernetes")
-POSTGRES = {"DAGSTER_PG_HOST": "localhost", "DAGSTER_PG_USER": "dagster", "DAGSTER_PG_PASSWORD": "x", "DAGSTER_PG_DB": "postgres"}
+ENVIRONMENT = {
+    "DAGSTER_PG_HOST": "localhost",
+    "DAGSTER_PG_USER": "dagster",
+    "DAGSTER_PG_PASSWORD": "x",
+    "DAGSTER_PG_DB": "postgres",
+    "DAGSTER_RAY_JOBS": "http://head:8265",
+}
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch) -> None:
-    for name, value in POSTGRES.items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
 
@@ -108,30 +114,54 @@ def test_a_deployments_instance_keeps_its_history_in_postgres(postgres, tmp_path
     assert not list(tmp_path.rglob("*.db"))
 
 
-def test_a_ray_run_gets_what_the_instance_and_the_scenario_read_from_the_environment():
-    text = (DEPLOY / "ray" / "dagster.yaml").read_text()
-    launcher = yaml.safe_load(text)["run_launcher"]["config"]["ray"]
-    assert set(re.findall(r"env: (\w+)", text)) | {"SCOPE_ATLAS_CONFIG", "DAGSTER_HOME"} <= set(launcher["env_vars"])
-    known = set(re.findall(r"^(?:# )?([A-Z_]+)=", (DEPLOY / "ray" / "env.example").read_text(), re.M))
-    app = yaml.safe_load((DEPLOY / "ray" / "compose.yaml").read_text())["x-app"]
-    set_by_compose = {*app["environment"], "HF_HOME"}
-    assert set(launcher["env_vars"]) - set_by_compose <= known
-    assert launcher["num_gpus"] == 1
+@pytest.fixture
+def compose() -> dict:
+    return yaml.safe_load((DEPLOY / "ray" / "compose.yaml").read_text())
 
 
-def test_the_compose_file_has_what_the_ray_deployment_needs():
-    body = yaml.safe_load((DEPLOY / "ray" / "compose.yaml").read_text())
-    services = body["services"]
-    address = yaml.safe_load((DEPLOY / "ray" / "dagster.yaml").read_text())["run_launcher"]["config"]["ray"]["address"]
-    host = re.fullmatch(r"http://([\w-]+):8265", address)
-    assert host is not None and host[1] in services
-    (device,) = services["ray-worker"]["deploy"]["resources"]["reservations"]["devices"]
+def test_no_value_of_the_environment_is_given_to_ray_which_would_log_it():
+    from dagster_ray import RayRunLauncher
+
+    launcher = InstanceRef.from_dir(str(DEPLOY / "ray")).run_launcher
+    assert isinstance(launcher, RayRunLauncher)
+    assert launcher.address == ENVIRONMENT["DAGSTER_RAY_JOBS"] and launcher.num_gpus == 1
+    assert not launcher.env_vars and not launcher.runtime_env
+
+
+def test_every_ray_container_has_what_the_instance_and_the_scenario_read_from_the_environment(compose):
+    read = set(re.findall(r"env: (\w+)", (DEPLOY / "ray" / "dagster.yaml").read_text()))
+    example = set(re.findall(r"^(?:# )?([A-Z_]+)=", (DEPLOY / "ray" / "env.example").read_text(), re.M))
+    for name, service in compose["services"].items():
+        if name == "postgres":
+            continue
+        assert service["env_file"] == ".env"
+        assert read | {"SCOPE_ATLAS_CONFIG", "DAGSTER_HOME"} <= service["environment"].keys() | example
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN"} <= example
+    filled = set(re.findall(r"\$\{(\w+)\}", (DEPLOY / "ray" / "compose.yaml").read_text()))
+    assert filled <= example
+
+
+def test_nodes_of_ray_on_several_machines_reach_each_other_and_the_history(compose):
+    """A container on Docker's own network is reached by nobody but its neighbours."""
+    services = compose["services"]
+    for node in ("ray-head", "ray-worker"):
+        assert services[node]["network_mode"] == "host" and "ports" not in services[node]
+    assert "--address=${SCOPE_ATLAS_HEAD}:6379" in services["ray-worker"]["command"]
+    assert compose["x-app"]["environment"]["DAGSTER_RAY_JOBS"] == "http://${SCOPE_ATLAS_HEAD}:8265"
+    assert compose["x-app"]["environment"]["DAGSTER_PG_HOST"] == "${SCOPE_ATLAS_HEAD}"
+    assert services["postgres"]["ports"] == ["${SCOPE_ATLAS_HEAD}:5432:5432"]
+
+
+def test_the_compose_file_has_what_the_ray_deployment_needs(compose):
+    (device,) = compose["services"]["ray-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-    for name, service in services.items():
-        mounted = [volume.split(":")[0] for volume in service["volumes"]]
-        assert all(source in body["volumes"] or (DEPLOY / "ray" / source).exists() for source in mounted), name
-        assert name == "postgres" or "cache:/cache" in service["volumes"]
-    assert (DEPLOY / "ray" / body["x-app"]["build"]["context"] / body["x-app"]["build"]["dockerfile"]).exists()
+    for name, service in compose["services"].items():
+        sources = {volume.split(":")[1]: volume.split(":")[0] for volume in service["volumes"]}
+        shared = sources.pop("/cache", None)
+        assert name == "postgres" or shared == "${SCOPE_ATLAS_SHARED}"
+        assert all(source in compose["volumes"] or (DEPLOY / "ray" / source).exists() for source in sources.values()), name
+    build = compose["x-app"]["build"]
+    assert (DEPLOY / "ray" / build["context"] / build["dockerfile"]).exists()
 
 
 @pytest.fixture(scope="module")

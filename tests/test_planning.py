@@ -285,10 +285,37 @@ def test_the_command_takes_rates_from_the_store_and_prices_from_options(tmp_path
     assert "a machine on a model" in said and f"= ${sum(body['usd'].values()):,.2f}" in said
 
 
-def test_a_model_that_no_table_knows_is_asked_for(tmp_path):
-    folder = tmp_path / "mine" / "layers.3"
+def test_a_release_that_is_named_twice_is_planned_for_once(tmp_path, monkeypatch):
+    small = plan("gemma-scope-2-270m-pt")
+    twice = plan("gemma-scope-2-270m-pt", "google/gemma-scope-2-270m-pt", "gemma-scope-2-270m")
+    assert [cost.name for cost in twice.releases] == ["google/gemma-scope-2-270m-pt", "google/gemma-scope-2-270m-it"]
+    assert twice.total(attrgetter("saes")) == 2 * small.total(attrgetter("saes"))
+    an_unknown_sae(tmp_path / "mine" / "layers.3")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = plan("~/mine", str(tmp_path / "mine"))
+    assert made.total(attrgetter("saes")) == 1
+
+
+def test_activations_of_a_folder_in_ones_home_must_fit_beside_the_store(tmp_path, monkeypatch):
+    an_unknown_sae(tmp_path / "mine" / "layers.3")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(plan("~/mine").memory.disk.values()) == list(plan(str(tmp_path / "mine")).memory.disk.values()) != [0]
+
+
+def test_a_subject_that_is_given_stands_for_none_that_is_known():
+    given = Work(1000, memory_bytes=10**12, subject=ModelShape(5, 700, 16))
+    known = Work(1000, memory_bytes=10**12)
+    made = [plan("gemma-scope-2-270m-pt", work=work).releases[0].lm_flop for work in (given, known)]
+    assert made[0] == made[1]
+
+
+def an_unknown_sae(folder: Path) -> None:
     write_holes(folder / "sae.safetensors", {"encoder.weight": (64, 8), "encoder.bias": (64,), "W_dec": (64, 8), "b_dec": (8,)})
     (folder / "cfg.json").write_text(json.dumps({"num_latents": 64, "k": 4, "d_in": 8}))
+
+
+def test_a_model_that_no_table_knows_is_asked_for(tmp_path):
+    an_unknown_sae(tmp_path / "mine" / "layers.3")
     unknown = plan(str(tmp_path / "mine"), rates=MEASURED)
     assert unknown.hours is None and "--subject" in "\n".join(unknown.lines())
     work = Work(1000, memory_bytes=10**9, subject=ModelShape(5, 700, 16))

@@ -74,7 +74,7 @@ def _to_host(*columns: "torch.Tensor") -> Callable[[], list[np.ndarray]]:
         return lambda: [column.cpu().numpy() for column in columns]
     pinned = [torch.empty_like(column, device="cpu", pin_memory=True).copy_(column, non_blocking=True) for column in columns]
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(columns[0].device))  # which need not be the current device
 
     def arrived() -> list[np.ndarray]:
         copied.synchronize()

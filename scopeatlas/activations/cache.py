@@ -102,6 +102,8 @@ def cache_activations(
     for chunk, jobs in passes:
         made = tuple(dict.fromkeys(product for job in jobs for product in job.wanted))
         directions = _draw_nulls(store, corpus, chunk, made, subject, calibration, failures)
+        if runner.device is not None:
+            _give_back_memory()
         sound = tuple(product for product in made if not failures.has(product))
         work = Encoding(store, corpus, tuple(chunk), sound, directions, subject)
         for encoded in runner.map(work, jobs):
@@ -281,6 +283,14 @@ def _announced(plan: PassPlan, jobs: Sequence[Job], reused: int) -> Iterator[str
             yield f"null features are missing on {stages.count('nulls')} shards"
     if stages:
         yield from plan.lines()
+
+
+def _give_back_memory() -> None:
+    """Let workers have what this process was using on a GPU, which torch would keep for itself."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _draw_nulls(

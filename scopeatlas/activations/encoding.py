@@ -169,6 +169,8 @@ class _Encoder:
                     is_null = product.stage == "nulls"
                     accumulators[product] = NullAccumulator(dictionary) if is_null else ShardAccumulator(dictionary, contexts)
                     opened.callback(accumulators[product].close)
+            if not accumulators:
+                return (), 0
             sites = {site for accumulator in accumulators.values() for site in accumulator.sites}
             for batch in read_batches(contexts, self.subject, sites):
                 forward_passes += 1
@@ -176,6 +178,8 @@ class _Encoder:
                     with self.failures.alone(product):
                         accumulator.add(batch)
                 accumulators = {product: a for product, a in accumulators.items() if not self.failures.has(product)}
+                if not accumulators:
+                    return (), forward_passes
             facts: dict[str, object] = {
                 "dtype": str(self.subject.resolved_dtype),
                 "threads": torch.get_num_threads(),

@@ -51,7 +51,6 @@ class Footprint:
     stored: int
     resident: int
     streamed: bool
-    layers: int
     features: int
     sites: Mapping[Site, int]
     temporary: int
@@ -72,10 +71,10 @@ def footprint_of(dictionary: SparseDictionary) -> Footprint:
         stored=dictionary.nbytes,
         resident=max(per_layer) if dictionary.is_lazy else sum(per_layer),
         streamed=dictionary.is_lazy,
-        layers=len(dictionary.layers),
         features=dictionary.width,
         sites=sizes,
-        temporary=FLOAT * 4 * len(dictionary.sites_out) * dictionary.d_out,  # the reconstruction, and one target in float64
+        # The reconstruction of every output; and of one its target, error and square in float64.
+        temporary=FLOAT * (len(dictionary.sites_out) + 6) * dictionary.d_out,
         tile=FLOAT * dictionary.features_per_layer,
         l0=dictionary.measured_l0 or dictionary.target_l0 or USUAL_L0,
         nulls=0 if dictionary.is_multi_layer else FLOAT * NULL_FEATURES * (2 * dictionary.d_in + NULL_TOKENS),

@@ -25,12 +25,11 @@ class SiteBatch:
     """The tokens of one batch that count, T of them.
 
     acts: at each site [T, d], in the model's dtype, on its device. positions: int64 [T], their places in the flattened table of
-    contexts. tokens: how many the model read, BOS and what else does not count among them, padding not.
+    contexts.
     """
 
     acts: "dict[Site, torch.Tensor]"
     positions: np.ndarray
-    tokens: int
 
 
 def text_mask(contexts: Contexts, subject: SubjectModel) -> np.ndarray:
@@ -68,4 +67,4 @@ def read_batches(contexts: Contexts, subject: SubjectModel, sites: "Collection[S
         row, column = is_text.nonzero()
         mask = torch.from_numpy(is_text).to(device)
         acts = {site: acts_bsd[mask] for site, acts_bsd in seen.items()}
-        yield SiteBatch(acts, rows[row] * width + column, int(lengths[rows].sum()))
+        yield SiteBatch(acts, rows[row] * width + column)

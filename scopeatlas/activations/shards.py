@@ -62,7 +62,8 @@ class ShardWriter:
 
     Each is one 64-bit word, feature | token | value from the high bits to the low, so that sorting is sorting words. At most
     `spill_bytes` of them are held, and as much again while merging; beyond that they go to sorted runs in a temporary folder.
-    The bytes written depend neither on the order they came in nor on whether they were spilled.
+    The bytes written depend neither on the order they came in nor on whether they were spilled. Where TMPDIR is in memory, so is
+    what is spilled.
     """
 
     def __init__(self, *, scale: float, spill_bytes: int = SPILL_BYTES):

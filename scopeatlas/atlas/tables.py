@@ -5,7 +5,6 @@ are written (`publish.py`), or how they are asked for (`search.py`).
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -19,7 +18,7 @@ import pyarrow as pa
 from scopeatlas.atlas.embedding import EmbedderStamp, first_line
 from scopeatlas.dictionaries.sparse import MULTI_LAYER
 from scopeatlas.errors import AtlasError
-from scopeatlas.storage.uris import Location, sizes_under
+from scopeatlas.storage.uris import Location, endpoint, sizes_under
 
 if TYPE_CHECKING:
     from lancedb.db import DBConnection
@@ -167,8 +166,7 @@ def connect(root: Location) -> "DBConnection":
     import lancedb
 
     folder = database_folder(root)
-    is_plain = os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http://")
-    options = None if isinstance(folder, Path) else {"allow_http": str(is_plain).lower()}
+    options = None if isinstance(folder, Path) else {"allow_http": str(endpoint().startswith("http://")).lower()}
     return lancedb.connect(str(folder), storage_options=options, read_consistency_interval=timedelta(0))
 
 

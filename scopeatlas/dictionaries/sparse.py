@@ -338,24 +338,27 @@ def _encode_layer(x: "torch.Tensor", layer: LayerWeights, activation: Activation
     found: list[Found] = []
     count = 0
     for tile, pre in _tiles(x, layer, multiple_of=group):
+        which = None
         if activation.function == "groupmax":
-            best, which = pre.unflatten(1, (-1, group)).max(2)
-            token, number, value = _where(best > 0, best)
-            feature = number * group + which[token, number]
+            values, which = pre.unflatten(1, (-1, group)).max(2)
+            fires = values > 0
         elif layer.magnitude is not None:
             scale, shift = (part[tile].float() for part in layer.magnitude)
-            magnitude = pre * scale + shift
-            token, feature, value = _where((pre > 0) & (magnitude > 0), magnitude)
+            values = pre * scale + shift
+            fires = (pre > 0) & (values > 0)
         else:
-            floor = 0.0 if layer.threshold is None else layer.threshold[tile].float().clamp(min=0)
-            token, feature, value = _where(pre > floor, pre)
-        found.append((token, feature + tile.start, value))
-        count += len(token)
-        if most is not None and count > most:
+            values = pre
+            fires = pre > (0.0 if layer.threshold is None else layer.threshold[tile].float().clamp(min=0))
+        count += int(torch.count_nonzero(fires))
+        if most is not None and count > most:  # before room is taken for them
             raise DictionaryError(
                 f"more than {most / max(len(x), 1):,.0f} features fire on the average token: the SAE is read at a wrong site "
                 "or normalisation, or of another subject model"
             )
+        token, feature, value = _where(fires, values)
+        if which is not None:
+            feature = feature * group + which[token, feature]
+        found.append((token, feature + tile.start, value))
     if len(found) == 1:
         return found[0]
     token, feature, value = (torch.cat(column) for column in zip(*found, strict=True))
@@ -373,7 +376,7 @@ def _where(fires: "torch.Tensor", values: "torch.Tensor") -> Found:
 
 def _largest(x: "torch.Tensor", layer: LayerWeights, activation: Activation) -> Found:
     """The k largest activations of each token, merged over tiles: after the first, only what exceeds a token's k-th so far
-    is looked at. Ties go to the lower feature, between tiles."""
+    is looked at."""
     import torch
 
     assert activation.k is not None

@@ -21,7 +21,7 @@ from upath import UPath
 from scopeatlas.errors import StoreError
 from scopeatlas.llm.ledger import Ledger, Reservation, reply_to_json
 from scopeatlas.llm.requests import Charge, ChatReply, ChatRequest, Rung
-from scopeatlas.llm.sessions import has_events, header, replay_segments
+from scopeatlas.llm.sessions import HEADER_ADVICE, has_events, has_header, header, replay_segments
 from scopeatlas.runner.local import Log, silent
 from scopeatlas.storage.segments import append_segment, read_segments
 from scopeatlas.storage.uris import Location, local_state
@@ -247,6 +247,8 @@ def _unput(content: bytes, segments: Sequence[bytes], path: Path) -> list[bytes]
     """What `path` holds and none of the segments, as the one segment that it is to become. Raises StoreError if damaged."""
     if not has_events(content) or any(segment.startswith(content) for segment in segments):
         return []
+    if not has_header(content):  # once it is put, every machine would trip over it
+        raise StoreError(f"line 1 of the journal {path} is damaged; {HEADER_ADVICE}")
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             json.loads(line)

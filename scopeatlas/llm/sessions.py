@@ -17,10 +17,25 @@ from typing import Any
 from scopeatlas.errors import StoreError
 from scopeatlas.llm.ledger import Ledger
 
+HEADER_ADVICE = (
+    'put {"session": "NAME", "base": N} in the place of that line, NAME being a new word and N the first "send" of a line with '
+    '"state": "sent", and run again'
+)
+"""How to mend a first line: without its session the others mean nothing, so it cannot be left out as they can."""
+
 
 def header(base: int) -> bytes:
     """The first line of each segment of a new session, whose first attempt has the number `base`."""
     return json.dumps({"session": uuid.uuid4().hex, "base": base}).encode() + b"\n"
+
+
+def has_header(segment: bytes) -> bool:
+    """Whether a segment begins as a session's does."""
+    try:
+        start = json.loads(segment.split(b"\n", 1)[0])
+        return isinstance(start["session"], str) and isinstance(start["base"], int)
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def has_events(segment: bytes) -> bool:
@@ -32,9 +47,10 @@ def replay_segments(segments: Sequence[bytes], ledger: Ledger, *, place: object)
     """Read segments into an empty ledger. Raises StoreError naming the first line that is damaged."""
     sessions: dict[str, _Session] = {}
     for which, segment in enumerate(segments):
+        if not has_header(segment):
+            raise StoreError(f"line 1 of segment {which} of the journal {place} is damaged; {HEADER_ADVICE}")
         first, *lines = segment.splitlines()
-        with _naming(f"line 1 of segment {which} of the journal {place}"):
-            session = _begun(json.loads(first), sessions, ledger)
+        session = _begun(json.loads(first), sessions, ledger)
         for number, line in enumerate(lines, start=2):
             with _naming(f"line {number} of segment {which} of the journal {place}"):
                 _apply(json.loads(line), session, ledger)
@@ -71,7 +87,10 @@ def _begun(start: dict[str, Any], sessions: dict[str, _Session], ledger: Ledger)
 
 def _apply(event: dict[str, Any], session: _Session, ledger: Ledger) -> None:
     if "send" in event:
-        event = event | {"send": session.number(event["send"])}
+        own, known = event["send"], session.next
+        event = event | {"send": session.number(own)}
+        if event["state"] == "sent" and own < known:
+            return  # the segment before holds it too: it was put, but the store's answer was lost
         if event["state"] in ("received", "failed") and ledger.is_ended(event["send"]):
             return  # another machine fetched the same answer, out of the same batch
     ledger.apply(event)

@@ -24,6 +24,7 @@ PER_BIN_CONTEXTS = 4
 BINS_PER_OCTAVE = 2
 EARLY_POSITIONS = 3
 """Positions 1 to 3 after BOS; a feature that fires mostly there is positional."""
+MERGE_SKETCHES = 8
 MERGE_ENTRIES = 1 << 18
 """So many entries at least wait to be merged at once."""
 
@@ -196,13 +197,15 @@ def merge(sketches: Sequence[Sketch]) -> Sketch:
 
 
 def merge_all(sketches: Iterable[Sketch]) -> Sketch:
-    """Merge any number, one at least, holding twice what the result remembers, or MERGE_ENTRIES, whichever is more."""
+    """Merge any number, one at least, holding twice what the result remembers, or MERGE_ENTRIES, whichever is more, and
+    MERGE_SKETCHES at most."""
     waiting: list[Sketch] = []
     held = 0
     for sketch in sketches:
         waiting.append(sketch)
         held += len(sketch.entries)
-        if len(waiting) > 1 and held > max(MERGE_ENTRIES, 2 * len(waiting[0].entries)):
+        is_many = len(waiting) == MERGE_SKETCHES  # each has counts of all features, whether they fire or not
+        if is_many or len(waiting) > 1 and held > max(MERGE_ENTRIES, 2 * len(waiting[0].entries)):
             waiting = [merge(waiting)]
             held = len(waiting[0].entries)
     return merge(waiting)

@@ -48,15 +48,18 @@ class Progress:
 class LocalRunner:
     """Runs each shard in this process, in order: the torch threads are the parallelism.
 
-    threads: torch's, from the first shard on; None leaves them as they are.
+    threads: torch's, from now on; None leaves them as they are.
     """
 
     device: str | None = None
     sharing = 0
 
     def __init__(self, *, threads: int | None = None):
-        self.threads = threads
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
 
     def map(self, work: Work[Shard, Result], shards: Sequence[Shard]) -> Iterator[Result]:
         """The result of each shard, in order. Raises RunnerError naming the shard if its work fails."""
-        return map(OpenedWork(work, None, self.threads), shards)
+        return map(OpenedWork(work, None, None), shards)

@@ -73,7 +73,8 @@ class OpenedWork(Generic[Shard, Result]):
         if self.device is not None and self.device.startswith("cuda"):
             import torch
 
-            torch.cuda.set_device(self.device)  # kernels go to the current device, wherever their tensors lie
+            if torch.device(self.device).index is not None:  # else it is the current one, the only one that Ray shows a worker
+                torch.cuda.set_device(self.device)  # kernels go to the current device, wherever their tensors lie
 
 
 class Attempts(Generic[Shard]):

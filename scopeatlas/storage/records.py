@@ -4,10 +4,9 @@ What belongs here: `StageFolder`, the one protocol every stage on disk follows. 
 or where its folder lies (`store.py`).
 
 A shard's data file is written first (atomically), its record after it. The record is created only if absent (in an object
-store by a conditional put, so that of several machines one wins) and
-carries size and hash of every data file, so a half-written shard has no record and is simply done again. The
-identity in a file's name is the hash of all that determines its bytes; a changed input gives another name, never
-another content.
+store by a conditional put, so that of several machines one wins) and carries size and hash of every data file, so a
+half-written shard has no record and is simply done again. The identity in a file's name is the hash of all that determines
+its bytes; a changed input gives another name, never another content.
 """
 
 import json
@@ -74,8 +73,9 @@ class StageFolder:
 
     def manifest(self, keys: Iterable[ShardKey]) -> list[CommitRecord]:
         """The records of `keys`. Raises NotReadyError naming the first that is missing."""
-        keys, size = list(keys), sizes_under(self.root).get
-        return [self._present(key, record, size) for key, record in zip(keys, self._read(keys), strict=True)]
+        keys = list(keys)
+        records, size = self._read_then_list(keys)
+        return [self._present(key, record, size) for key, record in zip(keys, records, strict=True)]
 
     def is_done(self, key: ShardKey, *, or_pruned: bool = False) -> bool:
         """Whether `key` has a record and all its files are there with the recorded sizes.
@@ -86,9 +86,9 @@ class StageFolder:
 
     def pending(self, keys: Iterable[ShardKey], *, or_pruned: bool = False) -> list[ShardKey]:
         """Those of `keys` still to be done, in order; the folder is listed once for all."""
-        keys, size = list(keys), sizes_under(self.root).get
-        records = zip(keys, self._read(keys), strict=True)
-        return [key for key, record in records if not self._is_done(key, record, size, or_pruned)]
+        keys = list(keys)
+        records, size = self._read_then_list(keys)
+        return [key for key, record in zip(keys, records, strict=True) if not self._is_done(key, record, size, or_pruned)]
 
     def prune(self, record: CommitRecord) -> int:
         """Delete a shard's data but remember that it was done; returns the bytes freed."""
@@ -106,11 +106,6 @@ class StageFolder:
         for path, content in zip(paths, read_all(paths), strict=True):
             if content is not None:
                 yield _parsed(path, content)
-
-    def stale(self, keys: Iterable[ShardKey]) -> list[CommitRecord]:
-        """Records of shards that are none of `keys`: earlier generations that pruning may delete."""
-        wanted = {key.identity for key in keys}
-        return [record for record in self.records() if record.key.identity not in wanted]
 
     def discard(self, record: CommitRecord) -> int:
         """Delete a shard, record first; returns the bytes freed."""
@@ -135,6 +130,12 @@ class StageFolder:
         paths = [self._record_path(key) for key in keys]
         contents = zip(paths, read_all(paths), strict=True)
         return [None if content is None else _parsed(path, content) for path, content in contents]
+
+    def _read_then_list(self, keys: Sequence[ShardKey]) -> tuple[list[CommitRecord | None], Callable[[str], int | None]]:
+        """Records and the sizes of all files, in this order: data come before their record, so what is recorded is listed,
+        though another machine commits meanwhile."""
+        records = self._read(keys)
+        return records, sizes_under(self.root).get
 
     def _present(self, key: ShardKey, record: CommitRecord | None, size: Callable[[str], int | None]) -> CommitRecord:
         if record is None:

@@ -10,8 +10,7 @@ What belongs here: where things lie, and the registry of SAEs with their last er
     atlas/  embeddings/                 LanceDB and the embedding cache
 """
 
-import os
-import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,10 @@ class Store:
         try:
             if isinstance(self.root, Path):
                 self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".tmp-probe-{os.getpid()}"
+            probe = self.root / f".tmp-probe-{uuid.uuid4().hex}"  # containers have the same process ids
             with reaching(probe):
                 probe.write_bytes(b"x")
-                probe.unlink()
+                probe.unlink(missing_ok=True)
         except OSError as error:
             said = f"cannot write to the store {self.root}: {error.strerror or error}"
             raise StoreError(f"{said}; make it writable or set store.root to another folder") from error
@@ -104,16 +103,3 @@ class Store:
     def bytes_used(self, *parts: str) -> int:
         """Bytes under a folder of the store."""
         return sum(sizes_under(self.root.joinpath(*parts), nested=True).values())
-
-    def sweep_unfinished(self) -> int:
-        """Delete `.tmp-*` leftovers of killed writers; returns bytes freed. Only call while nothing writes.
-
-        In an object store a writer that is killed leaves nothing.
-        """
-        if not isinstance(self.root, Path):
-            return 0
-        freed = 0
-        for path in self.root.rglob(".tmp-*"):
-            freed += path.stat().st_size if path.is_file() else 0
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return freed

@@ -22,7 +22,11 @@ Location = Path | UPath
 """A local path, or one in an object store: what is below it is reached by `/` in both."""
 
 STATE_VARIABLE = "SCOPE_ATLAS_STATE"
-_INSTALL = {"s3": 'pip install "scope-atlas[s3]"', "gs": "pip install gcsfs", "az": "pip install adlfs"}
+_INSTALL = {
+    "s3": 'pip install "scope-atlas[s3]"',
+    "gs": "pip install gcsfs",
+    "az": 'pip install "adlfs>=2024.12.0"',
+}  # adlfs: before it, no conditional put
 _READ_WHOLE = 1 << 20  # bytes: up to here a file is fetched in one request, larger ones by ranges
 
 
@@ -30,7 +34,7 @@ def location(text: str) -> Location:
     """The place that `text` names: a folder, or a URI such as `s3://bucket/prefix` (s3, gs or az).
 
     Credentials and endpoints come from the environment alone (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...). Raises ConfigError
-    for a URI of another kind, one that carries a password, or one whose driver is not installed.
+    for a URI of another kind, one that carries a password or a wildcard, or one whose driver is not installed.
     """
     if "://" not in text:
         return Path(text).expanduser()
@@ -45,6 +49,8 @@ def location(text: str) -> Location:
         raise ConfigError(
             f"no store at {text!r}: give a folder, or a URI as {', '.join(f'{s}://BUCKET/PREFIX' for s in _INSTALL)}"
         )
+    if wild := sorted(set("*?[") & set(text)):
+        raise ConfigError(f"a store's URI must not contain {' '.join(wild)}, which drivers take for a pattern; rename {text}")
     import fsspec
 
     try:
@@ -112,8 +118,13 @@ def local_state(path: Location) -> Path:
     if isinstance(path, Path):
         return path
     default = Path.home() / ".local" / "state" / "scopeatlas"
-    identity = hashlib.sha256(f"{os.environ.get('AWS_ENDPOINT_URL', '')}\0{path}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{endpoint()}\0{path}".encode()).hexdigest()
     return Path(os.environ.get(STATE_VARIABLE) or default) / identity[:16]
+
+
+def endpoint() -> str:
+    """The S3 server that the environment names, as the drivers look it up; nothing where it is AWS itself."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", ""))
 
 
 @contextmanager
@@ -140,5 +151,9 @@ def _said(error: Exception) -> str:
 
 def _driver_errors() -> tuple[type[Exception], ...]:
     """Errors of drivers that are no OSError, of those drivers that are loaded."""
-    named = {"botocore.exceptions": ("BotoCoreError", "ClientError"), "aiohttp": ("ClientError",)}
+    named = {
+        "botocore.exceptions": ("BotoCoreError", "ClientError"),
+        "azure.core.exceptions": ("AzureError",),
+        "aiohttp": ("ClientError",),
+    }
     return tuple(getattr(sys.modules[module], name) for module, names in named.items() if module in sys.modules for name in names)

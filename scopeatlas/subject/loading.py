@@ -7,6 +7,7 @@ activations are read (`sites.py`, `capture.py`).
 import importlib
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -215,5 +216,10 @@ def _unpack_gguf(gguf: Path, cache: Path) -> Path:
         del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     model.save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
-    unfinished.replace(folder)
+    try:
+        unfinished.replace(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(unfinished)  # another process was faster
     return folder

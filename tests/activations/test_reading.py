@@ -45,12 +45,11 @@ def short_and_long(contexts: Contexts, rng: np.random.Generator) -> Contexts:
 def test_activations_are_those_of_each_context_alone_whatever_the_batch(small_corpus, subject, rng, batch_tokens):
     contexts = short_and_long(small_corpus.corpus.contexts(small_corpus.corpus.shards[0]), rng)
     seen = np.zeros((contexts.tokens.size, subject.d_model), dtype=np.float32)
-    found, tokens = [], 0
+    found = []
     for batch in read_batches(contexts, changed(subject, batch_tokens=batch_tokens), {SITE}):
         seen[batch.positions] = batch.acts[SITE].numpy()
         found.extend(batch.positions.tolist())
-        tokens += batch.tokens
-    assert sorted(found) == np.flatnonzero(text_mask(contexts, subject)).tolist() and tokens == contexts.lengths().sum()
+    assert sorted(found) == np.flatnonzero(text_mask(contexts, subject)).tolist()
     for row, alone in enumerate(contexts.tokens):
         length = int((alone >= 0).sum())
         acts = capture(subject.model, torch.from_numpy(alone[None, :length]).long(), [SITE])[SITE][0]

@@ -118,6 +118,30 @@ def test_a_store_out_of_reach_at_the_end_costs_nothing(machines, monkeypatch):
     assert machines.read("b").spent().answers == 1
 
 
+def test_a_segment_that_arrives_though_its_answer_is_lost_counts_once(machines, monkeypatch):
+    with machines.open("a") as journal:
+        answered(journal, "k")
+        journal.sent(question(1), Reservation(-1, "open", "explain", 1, 100, 60, None, False), model="m", attempt=1)
+        store = machines.root.fs
+        put = store.pipe_file
+
+        def unanswered(*arguments, **options):
+            put(*arguments, **options)
+            raise ConnectionResetError("reset by peer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "pipe_file", unanswered)
+            patch.setattr(journal_module, "_SEGMENT_SECONDS", 0.0)
+            answered(journal, "l")
+        answered(journal, "m")
+        spent = journal.spent()
+    assert len(read_segments(machines.root / "llm" / "journal")) > 1
+    assert machines.read().spent() == spent == Spent(90, 30, open_tokens=160, answers=3, open_requests=1)
+    with machines.open("b") as journal:
+        answered(journal, "n")
+    assert machines.read("a").spent() == spent + Spent(30, 10, answers=1)
+
+
 def test_a_session_without_events_leaves_no_segment(machines):
     for _ in range(3):
         machines.open("a").close()
@@ -158,6 +182,21 @@ def test_a_damaged_line_is_named_where_it_is(machines):
     (machines.root / "llm" / "journal" / "00000000.segment").write_bytes(lines[0] + b"{half\n")
     with pytest.raises(StoreError, match="line 2 of segment 0 of the journal s3://.*/llm/journal is damaged"):
         machines.read("b")
+
+
+@pytest.mark.parametrize("damage", [b"{half\n", b"{}\n"])
+def test_a_damaged_first_line_is_put_nowhere_and_can_be_mended_as_is_said(machines, damage):
+    journal = machines.open("a")
+    answered(journal, "k")
+    killed(journal)
+    _, *lines = journal.path.read_bytes().splitlines(keepends=True)
+    journal.path.write_bytes(b"".join([damage, *lines]))
+    with pytest.raises(StoreError, match='line 1 of the journal .* is damaged; put {"session": "NAME", "base": N} in the'):
+        machines.open("a")
+    assert read_segments(machines.root / "llm" / "journal") == []
+    journal.path.write_bytes(b"".join([b'{"session": "mended", "base": 0}\n', *lines]))
+    machines.open("a").close()
+    assert machines.read().spent().answers == 1
 
 
 def test_what_one_machine_asked_another_does_not_ask_again(machines):

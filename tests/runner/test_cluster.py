@@ -1,6 +1,6 @@
 import importlib.util
 import os
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,15 +62,20 @@ def test_a_cache_that_loses_a_node_half_way_is_byte_for_byte_the_local_one_and_o
     shards = [shard.name for shard in local.corpus.shards]
     half_way: dict[str, int] = {}
 
+    ended = threading.Event()
+
     def kill_half_way() -> None:
         while len(elsewhere.committed()) < len(shards):  # of two SAEs
-            time.sleep(0.02)
+            assert not ended.wait(0.02), "the run ended before it was half way"
         half_way.update(elsewhere.committed())
         nodes.kill_second()
 
     with ThreadPoolExecutor(1) as other:
         killed = other.submit(kill_half_way)
-        result = elsewhere.run(noting, memory_bytes=10**9)
+        try:
+            result = elsewhere.run(noting, memory_bytes=10**9)
+        finally:
+            ended.set()
         killed.result()
     nodes.start_second()
 

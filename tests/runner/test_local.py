@@ -28,7 +28,7 @@ def test_what_goes_wrong_names_the_shard_and_keeps_its_cause():
     assert isinstance(raised.value.__cause__, ValueError)
 
 
-def test_threads_are_set_when_work_is_opened_if_they_are_given():
+def test_threads_are_set_if_they_are_given():
     before = torch.get_num_threads()
     try:
         assert list(LocalRunner(threads=before + 1).map(Threads(), ["x"])) == [(None, before + 1)]

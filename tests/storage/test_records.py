@@ -1,6 +1,7 @@
 import pytest
 
 from scopeatlas.errors import NotReadyError, StoreError
+from scopeatlas.storage import records
 from scopeatlas.storage.files import file_sha256
 from scopeatlas.storage.records import ShardKey, StageFolder, generation
 
@@ -59,9 +60,28 @@ def test_a_record_that_is_none_is_named(stage):
         stage.record(KEY)
 
 
-def test_another_identity_is_another_shard_and_makes_the_old_one_stale(stage):
+def test_another_identity_is_another_shard(stage):
     old, new = finish(stage, KEY), finish(stage, ShardKey("03", "c" * 64))
-    assert stage.stale([new.key]) == [old] and list(stage.records()) == [old, new]
+    assert list(stage.records()) == [old, new]
+
+
+def test_a_shard_that_another_machine_commits_while_one_looks_keeps_its_record(stage, monkeypatch):
+    """The other one commits after whichever look comes first."""
+    finish(stage, KEY)
+
+    def then_commit(look):
+        def looked(*arguments):
+            found = look(*arguments)
+            if not stage.data_path(OTHER, ".bin").exists():
+                finish(stage, OTHER)
+            return found
+
+        return looked
+
+    for name in ("read_all", "sizes_under"):
+        monkeypatch.setattr(records, name, then_commit(getattr(records, name)))
+    assert set(stage.pending([KEY, OTHER])) <= {OTHER}
+    assert stage.is_done(OTHER) and [record.key for record in stage.records()] == [KEY, OTHER]
 
 
 def test_discarding_a_shard_frees_its_bytes_and_forgets_it(stage):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import polars as pl
@@ -53,6 +54,12 @@ def test_a_uri_with_a_password_is_refused_without_showing_it():
     with pytest.raises(ConfigError, match="must not carry credentials") as raised:
         location("s3://key:hunter2@bucket/x")
     assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run*", "s3://bucket/what?", "s3://bucket/[a]/b"])
+def test_a_uri_that_drivers_would_take_for_a_pattern_is_refused(text):
+    with pytest.raises(ConfigError, match="must not contain .*; rename s3://bucket/"):
+        location(text)
 
 
 def test_a_driver_that_is_not_installed_is_named(tmp_path):
@@ -168,9 +175,10 @@ with locked(location('{root}') / 'a.lock', wait=False) as held: print(held)
     assert sizes_under(root, nested=True) == {}
 
 
-def test_two_servers_with_a_bucket_of_one_name_share_no_state(root, monkeypatch):
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_two_servers_with_a_bucket_of_one_name_share_no_state(root, monkeypatch, variable):
     here = local_state(root)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere")
+    monkeypatch.setenv(variable, "http://elsewhere")
     assert local_state(root) != here
 
 
@@ -277,3 +285,12 @@ def test_a_server_that_cannot_be_reached_is_named(monkeypatch, s3, use):
 def test_one_who_may_not_is_told_to_look_at_the_credentials(root):
     with pytest.raises(StoreError, match=r"s3://.*Access Denied; check the credentials in the environment"), reaching(root):
         raise PermissionError("Access Denied")
+
+
+def test_an_error_of_azures_driver_names_the_place(root, monkeypatch):
+    """The driver is not among what the tests install: this is the name of its errors."""
+    driver = ModuleType("azure.core.exceptions")
+    driver.AzureError = type("AzureError", (Exception,), {})  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, driver.__name__, driver)
+    with pytest.raises(StoreError, match="cannot use s3://.*: no such account; check the network"), reaching(root):
+        raise driver.AzureError("no such account")
