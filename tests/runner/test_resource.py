@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from resources.runner import ShardRunnerResource
 from scopeatlas.errors import ConfigError
@@ -8,8 +9,10 @@ from scopeatlas.runner.processes import ProcessRunner
 
 
 def test_the_default_is_this_process_as_it_is():
+    threads = torch.get_num_threads()
     runner = ShardRunnerResource().open()
-    assert isinstance(runner, LocalRunner) and runner.threads is None and runner.device is None
+    assert isinstance(runner, LocalRunner) and runner.device is None
+    assert torch.get_num_threads() == threads
 
 
 def test_a_pool_has_a_process_for_each_device():
