@@ -8,7 +8,9 @@ import sys
 from resources.scenario import load_scenario, scenario_path
 from scopeatlas import open_atlas
 from scopeatlas.errors import ScopeAtlasError
-from scopeatlas.rendering import console, print_hits, print_saes
+from scopeatlas.rendering.features import print_hits
+from scopeatlas.rendering.stores import print_saes
+from scopeatlas.rendering.text import console
 
 SEARCHES = (
     "wars, armies and battles",

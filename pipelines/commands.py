@@ -1,6 +1,6 @@
 """`scopeatlas label`: commands that need a scenario, and so the resources of the project.
 
-What belongs here: commands that start a run. What does not: commands that only read or write a store (scopeatlas/cli.py).
+What belongs here: commands that start a run. What does not: commands that only read or write a store (scopeatlas/cli/).
 """
 
 import os

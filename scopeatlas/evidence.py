@@ -1,7 +1,7 @@
 """What stands behind one feature of the atlas: the windows it fires in, its labels, and the whole test of the one shown.
 
 What belongs here: reading both back from the store's stages. What does not: the row itself (`atlas/search.py`), or
-showing any of it (`rendering.py`).
+showing any of it (`rendering/`).
 """
 
 from dataclasses import dataclass, replace

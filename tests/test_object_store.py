@@ -19,7 +19,7 @@ from scopeatlas.activations.cache import CacheResult, cache_activations
 from scopeatlas.atlas.catalog import read_catalog
 from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.publish import Publication, publish, republish
-from scopeatlas.atlas.search import open_atlas
+from scopeatlas.atlas.search import open_reader
 from scopeatlas.atlas.stage import index_features
 from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, open_table
 from scopeatlas.corpus.build import CorpusSettings, build_corpus, open_corpus
@@ -160,7 +160,7 @@ def test_the_atlas_holds_the_same_rows(local, remote):
 
 
 def test_what_was_planted_is_labelled_scored_and_shown_with_its_evidence(remote):
-    hit = open_atlas(remote.store.root).feature(remote.entry.key, str(FEATURE))
+    hit = open_reader(remote.store.root).feature(remote.entry.key, str(FEATURE))
     assert hit.status == "ok" and LETTER in hit.reads and hit.f1 is not None
     evidence = read_evidence(remote.store, hit)
     assert evidence.windows and evidence.labels.height and evidence.scores.height and evidence.outcomes.height

@@ -1,13 +1,13 @@
 """Asking the atlas: by meaning, by key, by SAE.
 
-What belongs here: the reader's side, `open_atlas` and what it gives back. What does not: writing (`publish.py`), schemas
+What belongs here: the reader's side, `open_reader` and what it gives back. What does not: writing (`publish.py`), schemas
 (`tables.py`), or rendering hits for people (the command line's business).
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import polars as pl
 import pyarrow as pa
@@ -126,8 +126,8 @@ class SearchResults:
         return pl.DataFrame(rows, schema=schema)
 
 
-class Atlas:
-    """A published atlas, open for reading; sees what other processes publish at once. Made by `open_atlas`."""
+class AtlasReader:
+    """The rows of a published atlas, open for reading; sees what other processes publish at once. Made by `open_reader`."""
 
     def __init__(self, root: Location, features: "Table", embedder: Embedder | None):
         self.root = root
@@ -136,6 +136,25 @@ class Atlas:
         self._overview: tuple[int, pl.DataFrame] | None = None
         self._embedder_checked = False
         self.embedder = embedder or Embedder(self._stamp.name, self._stamp.revision)
+
+    @classmethod
+    def at(cls, path: str | Location, *, embedder: Embedder | None = None) -> Self:
+        """Open the atlas under the store root `path`, a folder or a URI; the embedder is the one that made it, loaded at the
+        first search.
+
+        embedder: only needed if the recorded one is no longer found under its name.
+        Raises AtlasError if there is no atlas, it is of another version, or `embedder` is another model.
+        """
+        root = location(path) if isinstance(path, str) else path
+        features = open_table(root, FEATURES)
+        if not same_layout(features.schema):
+            raise AtlasError(
+                f"{root} holds the atlas of another version of Scope Atlas; publish its SAEs again into another store"
+            )
+        atlas = cls(root, features, embedder)
+        if embedder is not None:
+            atlas._checked_embedder()
+        return atlas
 
     def search(
         self,
@@ -197,6 +216,18 @@ class Atlas:
         assert isinstance(found, pl.DataFrame)  # a table gives a frame; only an array would give a series
         return key, found.sort("feature")
 
+    def rows(self, sae: str) -> tuple[str, pl.DataFrame]:
+        """The key `sae` stands for, and every row of it (FEATURE_ROW), in order of `feature`.
+
+        Raises UnknownSaeError if no SAE matches, AtlasError if several do.
+        """
+        key = self._one(sae)
+        condition = _condition({"sae": key}, saes=None, min_score=None)
+        assert condition is not None
+        found = pl.from_arrow(self._features.search().where(condition).select(_COLUMNS).to_arrow())
+        assert isinstance(found, pl.DataFrame)  # a table gives a frame; only an array would give a series
+        return key, found.sort("feature")
+
     def published(self, sae: str) -> tuple[str, str]:
         """The key `sae` stands for, and the corpus that its published rows are of.
 
@@ -255,20 +286,9 @@ class Atlas:
         return self.embedder
 
 
-def open_atlas(path: str | Location, *, embedder: Embedder | None = None) -> Atlas:
-    """Open the atlas under the store root `path`, a folder or a URI; the embedder is the one that made it, loaded at the first search.
-
-    embedder: only needed if the recorded one is no longer found under its name.
-    Raises AtlasError if there is no atlas, it is of another version, or `embedder` is another model.
-    """
-    root = location(path) if isinstance(path, str) else path
-    features = open_table(root, FEATURES)
-    if not same_layout(features.schema):
-        raise AtlasError(f"{root} holds the atlas of another version of Scope Atlas; publish its SAEs again into another store")
-    atlas = Atlas(root, features, embedder)
-    if embedder is not None:
-        atlas._checked_embedder()
-    return atlas
+def open_reader(path: str | Location, *, embedder: Embedder | None = None) -> AtlasReader:
+    """The rows of the atlas under the store root `path`; see `AtlasReader.at`."""
+    return AtlasReader.at(path, embedder=embedder)
 
 
 def _condition(

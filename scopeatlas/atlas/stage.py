@@ -4,6 +4,8 @@ What belongs here: from finished stages to a publication, skipping one that is l
 (`rows.py`), vectors (`embedding.py`), the upsert (`publish.py`).
 """
 
+from typing import Any
+
 import polars as pl
 
 from scopeatlas.activations.cache import activation_keys
@@ -25,7 +27,7 @@ from scopeatlas.storage.store import Store
 from scopeatlas.storage.uris import readable
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 7
+STAGE_VERSION = 8
 
 
 def publication_key(
@@ -86,7 +88,8 @@ def index_features(
     progress.finish()
     publication = publish(rows, vectors, root=store.root, folder=stage.root, embedder=embedder)
     facts = {"generation": publication.generation, "path": publication.path.name, "rows": publication.rows}
-    stage.commit(key, [], facts | {"uses": _uses(store, corpus, entry, subject, labels, scores)})
+    uses = _uses(store, corpus, entry, subject, labels, scores)
+    stage.commit(key, [], facts | {"uses": uses, "subject": subject.recipe()})
     return publication
 
 
@@ -100,6 +103,16 @@ def _uses(
         "labels": [labels_key(store, corpus, entry, subject, labels).identity],
         "scores": [scores_key(store, corpus, entry, subject, labels, scores).identity],
     }
+
+
+def publication_facts(store: Store, sae: str, corpus_id: str) -> dict[str, Any]:
+    """What is recorded of an SAE's live publication over a corpus: generation, path, rows; uses, the identities of the stages
+    that it was made from; subject, the recipe of its subject model. Empty if nothing of this corpus is live."""
+    if not has_table(store.root, PUBLICATIONS):
+        return {}
+    live = newest_publications(open_table(store.root, PUBLICATIONS)).filter(sae=sae, corpus=corpus_id)["generation"].to_list()
+    found = (r.facts for r in store.stage(sae, corpus_id, "publication").records() if r.facts.get("generation") in live)
+    return next((facts for facts in found if "uses" in facts), {})
 
 
 def _finished(store: Store, corpus: Corpus, entry: SaeEntry, name: str, key: ShardKey) -> pl.DataFrame:

@@ -1,7 +1,7 @@
 """Windows of examples as text, with the tokens that fire marked.
 
 What belongs here: from token texts and activations to strings. What does not: choosing or cutting windows
-(`examples.py`), or colouring them for a terminal (`rendering.py`).
+(`examples.py`), or colouring them for a terminal (`rendering/`).
 """
 
 from collections.abc import Sequence

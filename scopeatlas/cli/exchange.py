@@ -1,6 +1,6 @@
 """`scopeatlas delphi`: activations from and to the files of other tools.
 
-What belongs here: commands about such files. What does not: the group they belong to and its errors (`cli.py`), or the files
+What belongs here: commands about such files. What does not: the group they belong to and its errors (`__init__.py`), or the files
 (`exchange/`).
 """
 

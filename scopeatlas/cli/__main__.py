@@ -1,0 +1,5 @@
+"""`python -m scopeatlas.cli`."""
+
+from scopeatlas.cli import main
+
+main()
