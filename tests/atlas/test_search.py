@@ -146,7 +146,7 @@ def test_past_the_exact_limit_an_index_answers(published, tmp_path, embedder, ve
 
 
 def test_opening_loads_the_recorded_embedder_only_when_searching(published):
-    atlas = scopeatlas.open_reader(str(published))
+    atlas = scopeatlas.open_atlas(str(published))
     assert atlas.saes().height == 2 and "model" not in vars(atlas.embedder)
     assert atlas.search("puppies", k=1)[0].label == "dogs, puppies and their training"
 
