@@ -7,7 +7,7 @@ export DAGSTER_HOME := $(CURDIR)
 export SCOPE_ATLAS_CONFIG := $(CONFIG)
 export TQDM_DISABLE := 1
 
-.PHONY: help install demo run ui figures test lint clean
+.PHONY: help install demo run ui figures notebooks test lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ ui: install ## webserver and daemon on http://127.0.0.1:3000
 
 figures: install ## the demo release's figures against their bars (six minutes)
 	@$(BIN)/python -m demo.figures
+
+notebooks: install ## execute the notebooks under docs/ on the demo's store (ten minutes)
+	@PYTHONWARNINGS="ignore:IProgress not found" $(BIN)/jupyter-execute --inplace docs/notebooks/*.ipynb
 
 test: install ## the whole suite
 	$(BIN)/python -m pytest

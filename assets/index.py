@@ -13,9 +13,12 @@ from resources.labelling import LabellingResource
 from resources.store import StoreResource
 from resources.subject import SubjectResource
 from scopeatlas.atlas import stage
+from scopeatlas.atlas.indexes import EXACT_ROWS, LEAST_RECALL, RECALL_AT, IndexRecall, index_recall
 from scopeatlas.atlas.tables import FEATURE_ROW
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.storage.uris import readable
+
+RECALL = f"The vector indexes find {LEAST_RECALL:.0%} of the {RECALL_AT} nearest; passes where the table is too small for one."
 
 
 @dg.asset(
@@ -27,6 +30,7 @@ from scopeatlas.storage.uris import readable
     owners=OWNERS,
     pool="atlas",
     code_version=str(stage.STAGE_VERSION),
+    check_specs=[dg.AssetCheckSpec("index_finds_the_nearest", asset="feature_index", description=RECALL)],
     metadata={
         "dagster/table_name": "features",
         "dagster/column_schema": dg.TableSchema(
@@ -67,4 +71,18 @@ def feature_index(
         }
         return metadata, published.generation, published.reused
 
-    yield from each_sae(context, run, index)
+    yield from each_sae(context, run, index, checks=lambda: [finds_the_nearest(index_recall(run.store.root))])
+
+
+def finds_the_nearest(measured: IndexRecall) -> dg.AssetCheckResult:
+    """What the indexes find of what there is."""
+    return dg.AssetCheckResult(
+        check_name="index_finds_the_nearest",
+        passed=measured.is_enough,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={
+            "rows": measured.rows,
+            "indexed": bool(measured.recall) or f"no vector index up to {EXACT_ROWS:,} rows: search is exact",
+            **{f"recall_{column}": round(recall, 4) for column, recall in measured.recall.items()},
+        },
+    )

@@ -4,17 +4,24 @@ What belongs here: reading both back from the store's stages. What does not: the
 showing any of it (`rendering/`).
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import polars as pl
 
-from scopeatlas.atlas.search import FeatureHit
+from scopeatlas.atlas.hits import FeatureHit
 from scopeatlas.atlas.tables import SCORES
+from scopeatlas.corpus.documents import SPLITS
 from scopeatlas.mining.examples import read_examples, vocabulary_path
+from scopeatlas.mining.sketches import BINS_PER_OCTAVE
 from scopeatlas.mining.windows import mark
 from scopeatlas.storage.store import Store
 from scopeatlas.storage.uris import readable
 from scopeatlas.upkeep import record_in_use
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class FeatureEvidence:
     windows: examples. labels: every label it was ever given (LABEL_SCHEMA). scores: every test of the label that the
     atlas shows, controls and all (SCORE_SCHEMA). outcomes: hits, misses and false alarms of that label on report
     documents (outcome, scorer, text). counter_examples: texts on which a prediction of one of its labels failed. partners:
-    the features that fire on the same tokens, likest first (partner, both, pmi, jaccard).
+    the features that fire on the same tokens, likest first (partner, both, pmi, jaccard). histogram: activations in bins of
+    half an octave (split, low, tokens), where high is low times the square root of two.
     """
 
     windows: tuple[Window, ...]
@@ -48,6 +56,30 @@ class FeatureEvidence:
     outcomes: pl.DataFrame
     counter_examples: pl.DataFrame
     partners: pl.DataFrame
+    histogram: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class FeaturePage:
+    """One feature of the atlas with what stands behind it: what `scopeatlas show` prints and a notebook shows."""
+
+    hit: FeatureHit
+    evidence: FeatureEvidence
+
+    def as_dict(self) -> dict[str, object]:
+        tables = {name: table.to_dicts() for name, table in vars(self.evidence).items() if name != "windows"}
+        return {"feature": asdict(self.hit), **tables, "examples": [asdict(window) for window in self.evidence.windows]}
+
+    def plot(self) -> "Figure":
+        """How strongly it fires how often, and its strongest held-out windows token by token."""
+        from scopeatlas.plots.feature import draw
+
+        return draw(self)
+
+    def _repr_html_(self) -> str:
+        from scopeatlas.rendering.feature_page import page
+
+        return page(self)
 
 
 def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
@@ -67,16 +99,18 @@ def read_evidence(store: Store, hit: FeatureHit) -> FeatureEvidence:
         outcomes=rows("scores", ".outcomes.parquet", "label_id", hit.label_id),
         counter_examples=_failed(rows("labels", ".falsification.parquet", "feature", hit.feature)),
         partners=_likest(rows("examples", ".coactivation.parquet", "feature", hit.feature)),
+        histogram=_edges(rows("examples", ".histogram.parquet", "feature", hit.feature)),
     )
 
 
 def blinded(hit: FeatureHit, evidence: FeatureEvidence) -> tuple[FeatureHit, FeatureEvidence]:
     """The same with nothing that a person who is to label the feature must not see: explain windows, and what it promotes."""
     no_scores = {name: None for name in SCORES} | {"scorer": "", "unit": ""}
-    unlabelled = {"method": "", "label": "", "label_id": "", "reads": "", "writes": "", "snippets": (), "search_text": ""}
+    unlabelled = {"method": "", "label": "", "label_id": "", "reads": "", "writes": "", "snippets": ()}
+    unlabelled |= {"search_text": "", "example_text": ""}
     windows = tuple(window for window in evidence.windows if window.split == "explain")
     nothing = pl.DataFrame()
-    blind = FeatureEvidence(windows, nothing, nothing, nothing, nothing, evidence.partners)
+    blind = FeatureEvidence(windows, nothing, nothing, nothing, nothing, evidence.partners, _of_explain(evidence.histogram))
     return replace(hit, **no_scores, **unlabelled), blind
 
 
@@ -85,6 +119,19 @@ def _likest(partners: pl.DataFrame) -> pl.DataFrame:
         return partners
     likest = partners.filter(pl.col("jaccard_rank").is_not_null()).sort("jaccard_rank")
     return likest.select("partner", "both", "pmi", "jaccard")
+
+
+def _edges(histogram: pl.DataFrame) -> pl.DataFrame:
+    if histogram.is_empty():
+        return histogram
+    names = dict(enumerate(SPLITS))
+    low = (pl.col("bin") / BINS_PER_OCTAVE * math.log(2)).exp()
+    split = pl.col("split").replace_strict(names, return_dtype=pl.String)
+    return histogram.sort("split", "bin").select(split, low=low, tokens="tokens")
+
+
+def _of_explain(histogram: pl.DataFrame) -> pl.DataFrame:
+    return histogram if histogram.is_empty() else histogram.filter(split="explain")
 
 
 def _failed(predictions: pl.DataFrame) -> pl.DataFrame:

@@ -94,4 +94,4 @@ def features_of_text(probe: Probe, text: str, *, count: int) -> list[int]:
 
 def features_of_query(root: Location, sae: str, query: str, *, count: int) -> list[int]:
     """The `count` features of an SAE whose descriptions come closest to what `query` says, the closest first."""
-    return [hit.feature for hit in open_reader(root).search(query, k=count, sae=sae)]
+    return [hit.feature for hit in open_reader(root).search(query, k=count, sae=sae).nearest]

@@ -6,10 +6,11 @@ What belongs here: `status` and `prune` over a whole store, from commit records 
 from dataclasses import asdict, dataclass
 
 from scopeatlas.activations.fidelity import read_fidelity
+from scopeatlas.atlas.stage import publication_facts
 from scopeatlas.atlas.tables import PUBLICATIONS, has_table, newest_publications, open_table
 from scopeatlas.corpus.build import Corpus, open_corpus
 from scopeatlas.errors import NotReadyError, UnknownSaeError
-from scopeatlas.storage.records import CommitRecord
+from scopeatlas.storage.records import IDENTITY_LENGTH, CommitRecord
 from scopeatlas.storage.store import STAGES, Store
 
 KEPT_PUBLICATIONS = 2
@@ -106,9 +107,10 @@ def prune(store: Store, *, sae: str | None = None, dry_run: bool = False) -> dic
     for key in [sae] if sae else store.registered():
         for corpus_id in store.corpora_of(key):
             is_published = published.get(key, {}).get("corpus") == corpus_id
+            kept = _kept_generations(store, key, corpus_id, published)
             for name in STAGES:
                 stage = store.stage(key, corpus_id, name)
-                uses = _uses(store, key, corpus_id, published).get(name, [])
+                uses = [one for generation in kept for one in _made_from(store, key, corpus_id, generation, name)]
                 for record, keep_record in _disposable(store, key, corpus_id, name, is_published, uses):
                     size = stage.bytes_of(record)
                     if not dry_run:
@@ -128,7 +130,7 @@ def _disposable(
         return []
     if name == "publication":
         generations = [record for record in records if record.key.name == "features"]
-        return [(record, False) for record in generations[:-KEPT_PUBLICATIONS]]
+        return [(record, False) for record in generations if not record.key.identity.startswith(tuple(uses))]
     newest = {record.key.name: record for record in records}
     used = [record for record in records if record.key.identity in uses] or list(newest.values())
     # A generation newer than what is published may be on its way to be published.
@@ -139,6 +141,23 @@ def _disposable(
     return stale
 
 
+def _kept_generations(store: Store, sae: str, corpus_id: str, published: dict[str, dict]) -> list[str]:
+    """The generations of a publication that pruning keeps, with what they were made from: the newest, and the live one, which
+    somebody may have rolled back to."""
+    stage = store.stage(sae, corpus_id, "publication")
+    written = [record for record in _by_age(stage.root, list(stage.records())) if record.key.name == "features"]
+    newest = [record.key.identity[:IDENTITY_LENGTH] for record in written[-KEPT_PUBLICATIONS:]]
+    live = published.get(sae, {}).get("generation")
+    return [*newest, *([live] if live else [])]
+
+
+def _made_from(store: Store, sae: str, corpus_id: str, generation: str, name: str) -> list[str]:
+    """The identities of a stage that a generation was made from; of the publication its own."""
+    if name == "publication":
+        return [generation]
+    return publication_facts(store, sae, corpus_id, generation).get("uses", {}).get(name, [])
+
+
 def _by_age(root, records: list[CommitRecord]) -> list[CommitRecord]:
     """Records, the one written last at the end."""
     return sorted(records, key=lambda record: (root / f"{record.key.stem}.commit.json").stat().st_mtime_ns)
@@ -147,22 +166,19 @@ def _by_age(root, records: list[CommitRecord]) -> list[CommitRecord]:
 def record_in_use(
     store: Store, sae: str, corpus_id: str, name: str, published: dict[str, dict] | None = None
 ) -> CommitRecord | None:
-    """The record of a whole stage (examples, labels, scores) that what is published was made from; else the one written
-    last, if there is one. published: lines of the ledger by SAE, if they are at hand."""
+    """The record of a whole stage (examples, labels, scores) that what is published was made from; where that is not known,
+    the one written last, if there is one. published: lines of the ledger by SAE, if they are at hand."""
     stage = store.stage(sae, corpus_id, name)
     records = [record for record in stage.records() if record.key.name == name]
-    uses = _uses(store, sae, corpus_id, _published(store) if published is None else published).get(name, [])
-    used = [record for record in records if record.key.identity in uses]
-    return (used or _by_age(stage.root, records) or [None])[-1]
+    uses = _uses(store, sae, corpus_id, _published(store) if published is None else published).get(name)
+    if uses is None:
+        return (_by_age(stage.root, records) or [None])[-1]
+    return next((record for record in records if record.key.identity in uses), None)
 
 
 def _uses(store: Store, sae: str, corpus_id: str, published: dict[str, dict]) -> dict[str, list[str]]:
     """Stage -> identities that an SAE's live publication was made from."""
-    live = published.get(sae, {})
-    for record in store.stage(sae, corpus_id, "publication").records():
-        if live and record.facts.get("generation") == live["generation"]:
-            return record.facts.get("uses", {})
-    return {}
+    return publication_facts(store, sae, corpus_id, published.get(sae, {}).get("generation")).get("uses", {})
 
 
 def _published(store: Store) -> dict[str, dict]:

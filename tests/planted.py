@@ -124,7 +124,7 @@ def plant(
     """A store at `root` with the corpus and `firings` as the activations of its SAE, in place of any that are there."""
     store, entry = Store(root), stored.entry
     shutil.copytree(stored.corpus.folder, store.corpus_folder(stored.corpus.id), dirs_exist_ok=True)
-    store.register(entry.key, {"key": entry.key})
+    store.register(entry.key, entry.as_json())
     stage = store.stage(entry.key, stored.corpus.id, "activations")
     stage.root.mkdir(parents=True, exist_ok=True)
     values = firings.value.astype(np.float16) if values is None else values

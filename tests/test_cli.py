@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from scopeatlas.atlas.catalog import CatalogRow, record
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
 from scopeatlas.atlas.publish import publish
+from scopeatlas.atlas.rows import feature_vectors
 from scopeatlas.cli import cli
 from scopeatlas.scoring.table import score_table
 from scopeatlas.storage.records import ShardKey
@@ -61,7 +62,7 @@ def built(tmp_path_factory) -> Path:
         if sae == RES:  # feature 14 is scored by the scores stage too, and its evidence tries to be markup
             hostile = pl.when(pl.col("feature") == 14).then(pl.lit([HOSTILE], dtype=pl.List(pl.String))).otherwise("snippets")
             rows = rows.with_columns(snippets=hostile)
-        vectors = EmbeddingCache(root, embedder).embed(rows["search_text"].to_list())
+        vectors = feature_vectors(rows, EmbeddingCache(root, embedder))
         publish(rows, vectors, root=root, folder=store.stage(sae, "c1", "publication").root, embedder=embedder)
         store.register(sae, {"key": sae})
     store.register(WAITING, {"key": WAITING})
@@ -161,29 +162,60 @@ def test_search_prints_the_right_hit_first(shell):
 
 def test_search_as_json(shell):
     found = shell.json("search", "puppies", "-k", "2")
-    assert found["hits"][0]["key"] == f"{RES}/14" and len(found["hits"]) == 2
-    assert found["best_similarity"] == found["hits"][0]["similarity"] > found["weak_below"] and found["is_weak"] is False
+    assert found["hits"][0]["key"] == f"{RES}/14" and len(found["hits"]) == found["found"] == 1
+    places = found["hits"][0]["why"]["places"]
+    assert found["best"]["label"] == places["label"]["value"] > found["cutoffs"]["label"] and found["is_weak"] is False
+    assert found["by"] == "hybrid" and places["text"]["rank"] == 1 and found["hits"][0]["why"]["words"]["label"] == ["puppies"]
+    further = shell.json("search", "puppies", "-k", "1", "--offset", "1")
+    assert further["hits"] == [] and not further["is_weak"]
+
+
+def test_a_hit_says_how_it_was_found(shell):
+    block = shell("search", "puppies", "-k", "1").stdout
+    assert "found by: label #1 (" in block and '"puppies" in label' in block
+
+
+@pytest.mark.parametrize(("by", "query", "first"), [("token", "german", 6), ("text", "PUPPY", 14), ("label", "dogs", 14)])
+def test_what_is_compared_can_be_chosen(shell, by, query, first):
+    assert shell.json("search", query, "--by", by, "--sae", RES)["hits"][0]["feature"] == first
+
+
+def test_what_no_feature_promotes_is_not_found(shell):
+    assert "Nothing was found" in shell("search", "zebra", "--by", "promoted").stdout
 
 
 def test_searches_can_be_narrowed(shell):
-    assert {hit["sae"] for hit in shell.json("search", "dogs", "-k", "40", "--sae", "mlp")["hits"]} == {MLP}
-    assert {hit["layer"] for hit in shell.json("search", "dogs", "--layer", "7", "--release", MLP[:8])["hits"]} == {7}
+    assert {hit["sae"] for hit in shell.json("search", "cars", "-k", "40", "--sae", "mlp")["hits"]} == {MLP}
+    assert {hit["layer"] for hit in shell.json("search", "cars", "--layer", "7", "--release", MLP[:8])["hits"]} == {7}
     assert all(hit["f1"] >= 0.5 for hit in shell.json("search", "dogs", "--min-score", "0.5", "--method", "rule")["hits"])
-    assert "no feature passes the filters" in shell("search", "dogs", "--status", "dead").stdout
+    assert "no feature that passes the filters" in shell("search", "dogs", "--status", "dead").stdout
+    for filters in (
+        ("--kind", "clt"),
+        ("--site", "mlp"),
+        ("--min-density", "0.5"),
+        ("--max-density", "0.001"),
+        ("--where", "lift > 2"),
+    ):
+        assert shell.json("search", "dogs", *filters)["nearest"] == []
+    assert len(shell.json("search", "dogs", "--min-score-low", "0.7", "--where", "feature < 15", "--sae", RES)["hits"]) == 1
 
 
-def test_a_weak_search_says_so(shell):
+def test_a_condition_that_is_no_sql_ends_in_one_line(shell):
+    assert "no condition on features: 'lift >'" in shell.error("search", "dogs", "--where", "lift >")
+
+
+def test_where_nothing_is_found_it_says_so_and_shows_what_is_nearest(shell):
     output = shell("search", "qwx zzkj vbnq fhgt").stdout
-    assert output.startswith('Nothing close was found for "qwx zzkj vbnq fhgt": the best similarity is 0.')
-    assert "under the cut-off of 0.5" in output
-    assert "no feature passes the filters" in shell("search", "dogs", "--status", "rare").stdout
-    assert shell.json("search", "dogs", "--status", "rare") == {
-        "query": "dogs",
-        "is_weak": True,
-        "best_similarity": 0.0,
-        "weak_below": 0.5,
-        "hits": [],
-    }
+    assert output.startswith('Nothing was found for "qwx zzkj vbnq fhgt": best similarity of a label 0.')
+    assert "under 0.60; of examples" in output and "The nearest, probably unrelated:" in output and "found by" in output
+    found = shell.json("search", "dogs", "--status", "rare")
+    assert found["is_weak"] and found["hits"] == found["nearest"] == [] and found["best"] == {"words": 0.0}
+
+
+def test_more_of_the_same_meaning(shell):
+    assert f"{RES}/14" not in shell("similar", RES, "14", "-k", "3").stdout
+    found = shell.json("similar", RES, "14", "--within", "mlp", "-k", "40")
+    assert found["by"] == "meaning" and {hit["sae"] for hit in found["hits"]} == {MLP}
 
 
 def test_text_from_the_corpus_is_never_markup(shell):
@@ -228,7 +260,7 @@ def test_show_without_examples_or_a_label(shell):
 def test_a_transcoder_is_shown_with_what_it_reads_and_what_it_writes(tmp_path):
     row = {"kind": "transcoder", "site": "model.layers.0.mlp.input", "site_out": "model.layers.0.mlp.output"}
     rows = feature_rows("tc-dddd4444", ["dogs and puppies"]).with_columns(**{name: pl.lit(text) for name, text in row.items()})
-    vectors = EmbeddingCache(tmp_path, Embedder()).embed(rows["search_text"].to_list())
+    vectors = feature_vectors(rows, EmbeddingCache(tmp_path, Embedder()))
     publish(rows, vectors, root=tmp_path, folder=tmp_path / "tc", embedder=Embedder())
     place = "transcoder reading model.layers.0.mlp.input, writing model.layers.0.mlp.output"
     shown = [" ".join(line.split()) for line in Shell(tmp_path)("show", "tc", "0").stdout.splitlines()]

@@ -21,7 +21,7 @@ from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.publish import Publication, publish, republish
 from scopeatlas.atlas.search import open_reader
 from scopeatlas.atlas.stage import index_features
-from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, open_table
+from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, VECTORS, open_table
 from scopeatlas.corpus.build import CorpusSettings, build_corpus, open_corpus
 from scopeatlas.corpus.contexts import ContextRules
 from scopeatlas.corpus.sampling import Sampling
@@ -285,7 +285,7 @@ ONE, TWO = TEXTS
 
 def published(root: Location, sae: str, texts: list[str]) -> Publication:
     rows = feature_rows(sae, texts)
-    vectors = np.eye(384, dtype=np.float32)[np.arange(len(rows)) % 384]
+    vectors = dict.fromkeys(VECTORS, np.eye(384, dtype=np.float32)[np.arange(len(rows)) % 384])
     return publish(rows, vectors, root=root, folder=root / "saes" / sae, embedder=Embedder())
 
 
@@ -303,8 +303,8 @@ def test_an_earlier_generation_is_brought_back_and_no_other_sae_is_touched(root)
 def test_words_are_found_by_the_full_text_index(root):
     published(root, ONE, TEXTS[ONE])
     table = open_table(root, FEATURES)
-    assert {"label", "key", "sae"} <= {column for index in table.list_indices() for column in index.columns}
-    found = table.search("earthquakes", query_type="fts").select(["feature", "_score"]).limit(3).to_arrow()
+    assert {"terms", "key", "sae"} <= {column for index in table.list_indices() for column in index.columns}
+    found = table.search("earthquake", query_type="fts").select(["feature", "_score"]).limit(3).to_arrow()
     assert found["feature"].to_pylist() == [TEXTS[ONE].index("earthquakes and volcanoes")]
 
 
@@ -316,12 +316,14 @@ import sys
 import numpy as np
 from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.publish import publish
+from scopeatlas.atlas.tables import VECTORS
 from scopeatlas.storage.uris import location
 from tests.atlas.conftest import TEXTS, feature_rows
 root, sae = location('{root}'), sys.argv[1]
 for number in range(2):
     rows = feature_rows(sae, [f'{{number}} {{text}}' if text else '' for text in TEXTS[sae]])
-    publish(rows, np.eye(384, dtype=np.float32)[: len(rows)], root=root, folder=root / 'saes' / sae, embedder=Embedder())
+    vectors = dict.fromkeys(VECTORS, np.eye(384, dtype=np.float32)[: len(rows)])
+    publish(rows, vectors, root=root, folder=root / 'saes' / sae, embedder=Embedder())
 """
     writers = [
         subprocess.Popen(

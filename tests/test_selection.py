@@ -7,6 +7,7 @@ import torch
 from scopeatlas.activations.probe import Probe
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
 from scopeatlas.atlas.publish import publish
+from scopeatlas.atlas.rows import feature_vectors
 from scopeatlas.dictionaries.releases import load_folder, open_dictionary
 from scopeatlas.errors import ConfigError
 from scopeatlas.selection import Wanted, features_of_query, features_of_text, features_wanted, parse_features
@@ -75,7 +76,7 @@ def test_the_features_of_a_query_are_those_that_a_search_of_the_sae_finds(tmp_pa
     embedder = Embedder()
     for sae in (RES, MLP):
         rows = feature_rows(sae)
-        vectors = EmbeddingCache(tmp_path, embedder).embed(rows["search_text"].to_list())
+        vectors = feature_vectors(rows, EmbeddingCache(tmp_path, embedder))
         publish(rows, vectors, root=tmp_path, folder=tmp_path / "saes" / sae, embedder=embedder)
     texts = dict(feature_rows(RES).select("feature", "label").rows())
     found = features_of_query(tmp_path, RES, "puppies", count=3)

@@ -1,7 +1,7 @@
 """Putting one SAE's features into the atlas, whole or not at all.
 
-What belongs here: generations on disk, the one upsert per SAE, its ledger, indexes and upkeep. What does not: what a
-feature's row says (`tables.py`), or making its vector (`embedding.py`).
+What belongs here: generations on disk, the one upsert per SAE, its ledger and upkeep. What does not: what a feature's row
+says (`tables.py`), the indexes (`indexes.py`), or making vectors (`embedding.py`).
 
 The order is what makes a kill harmless: the generation's parquet, its record, one merge that replaces exactly this
 SAE's rows, indexes, the ledger. Every row carries its generation, so the table itself says what is live in it, and a
@@ -9,6 +9,7 @@ run that died between merge and ledger is recognised rather than repeated or mis
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,13 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scopeatlas.atlas.embedding import Embedder
+from scopeatlas.atlas.indexes import build_indexes
 from scopeatlas.atlas.tables import (
     FEATURES,
     GENERATION,
     KEY,
     PUBLICATION_ROW,
     PUBLICATIONS,
-    VECTOR,
+    VECTORS,
     checked_rows,
     connect,
     database_folder,
@@ -38,6 +40,7 @@ from scopeatlas.atlas.tables import (
     open_table,
     persistently,
     same_layout,
+    sql,
     stamp_of,
 )
 from scopeatlas.errors import AtlasError, NotReadyError
@@ -48,8 +51,7 @@ from scopeatlas.storage.uris import Location, readable
 if TYPE_CHECKING:
     from lancedb.table import Table
 
-EXACT_ROWS = 50_000  # up to here a scan is as fast as an index, and exact (reference/lancedb.md, 5)
-_PUBLISH_VERSION = 1  # bump when the same rows would give other bytes
+_PUBLISH_VERSION = 2  # bump when the same rows would give other bytes
 _SMALL_FRAGMENTS = 20
 _UNINDEXED_ROWS = 100_000
 _DAY_S = 86_400
@@ -67,30 +69,42 @@ class Publication:
     reused: bool
 
 
-def publish(rows: pl.DataFrame, vectors: np.ndarray, *, root: Location, folder: Location, embedder: Embedder) -> Publication:
-    """Make `rows` (one SAE, FEATURE_ROW) with `vectors` [rows, dim] the atlas's rows of that SAE.
+def publish(
+    rows: pl.DataFrame, vectors: Mapping[str, np.ndarray], *, root: Location, folder: Location, embedder: Embedder
+) -> Publication:
+    """Make `rows` (one SAE, FEATURE_ROW) with their VECTORS, [rows, dim] each, the atlas's rows of that SAE.
 
     root: the store. folder: where this SAE's generations lie. The generation is the hash of the rows and the embedder;
     the same rows again write nothing. Killed at any point, the next call finishes the work.
     Raises AtlasError on rows that do not fit, or if the atlas holds vectors of another embedder.
     """
-    if vectors.shape != (len(rows), vectors.shape[-1]) or not np.isfinite(vectors).all():
-        raise AtlasError(f"vectors of shape {vectors.shape} for {len(rows)} features; one finite vector per row is needed")
+    return republish(write_generation(rows, vectors, root=root, folder=folder, embedder=embedder), root=root, folder=folder)
+
+
+def write_generation(
+    rows: pl.DataFrame, vectors: Mapping[str, np.ndarray], *, root: Location, folder: Location, embedder: Embedder
+) -> str:
+    """The first half of `publish`: the generation's file and its record, if they are not there; returns its name."""
+    shapes = {name: vectors[name].shape for name in VECTORS}
+    dim = next(iter(shapes.values()))[-1]
+    if set(shapes.values()) != {(len(rows), dim)} or not all(np.isfinite(vectors[name]).all() for name in VECTORS):
+        raise AtlasError(f"vectors of shape {shapes} for {len(rows)} features; one finite vector per row and text is needed")
     rows = checked_rows(rows)
     order = rows["feature"].arg_sort().to_numpy()
     rows = rows[order]
     stamp = embedder.stamp
-    identity = content_hash(_PUBLISH_VERSION, stamp.identity, int(vectors.shape[1]), rows.write_ndjson())
+    identity = content_hash(_PUBLISH_VERSION, stamp.identity, int(dim), rows.write_ndjson())
     stage, key = StageFolder(folder), ShardKey(FEATURES, identity)
     with atlas_lock(root, rows["sae"][0]):
         if not stage.is_done(key):
-            batch = features_batch(rows, vectors[order], generation=identity[:IDENTITY_LENGTH], stamp=stamp)
+            ordered = {name: vectors[name][order] for name in VECTORS}
+            batch = features_batch(rows, ordered, generation=identity[:IDENTITY_LENGTH], stamp=stamp)
             _write_generation(stage, key, batch)
-        return _bring_live(stage.data_path(key, ".parquet"), root=root)
+    return identity[:IDENTITY_LENGTH]
 
 
 def republish(generation: str, *, root: Location, folder: Location) -> Publication:
-    """Make an earlier generation of an SAE live again (a roll-back); touches no other SAE and needs no embedder.
+    """Make a generation of an SAE that is on disk the live one; touches no other SAE and needs no embedder.
 
     Raises NotReadyError if `folder` holds no such generation.
     """
@@ -100,6 +114,11 @@ def republish(generation: str, *, root: Location, folder: Location) -> Publicati
         raise NotReadyError(f"{folder} holds no intact generation {generation!r}; publish the SAE again")
     with atlas_lock(root, records[0].facts["sae"]):
         return _bring_live(stage.data_path(records[0].key, ".parquet"), root=root)
+
+
+def generation_path(folder: Location, generation: str) -> Location:
+    """Where a generation's rows lie in a publication's folder, if they were not pruned."""
+    return StageFolder(folder).data_path(ShardKey(FEATURES, generation), ".parquet")
 
 
 def maintain(root: Location) -> bool:
@@ -153,7 +172,8 @@ def _bring_live(path: Location, *, root: Location) -> Publication:
         if not live:
             _replace_rows(features, batch)
         if not reused:
-            _build_indexes(root, features)
+            with atlas_lock(root, "upkeep"):
+                persistently(lambda: build_indexes(features))
             _append(ledger, batch, features.version)
             _maintain_if_due(root, features)
         return Publication(sae, generation, batch.num_rows, features.version, path, reused)
@@ -181,7 +201,7 @@ def _of_sae(sae: str, generation: str | None = None) -> str:
     from lancedb.expr import col, lit
 
     condition = col("sae") == lit(sae)
-    return (condition if generation is None else condition & (col(GENERATION) == lit(generation))).to_sql()
+    return sql(condition if generation is None else condition & (col(GENERATION) == lit(generation)))
 
 
 def _is_live(features: "Table", batch: pa.Table) -> bool:
@@ -206,7 +226,10 @@ def _replace_rows(features: "Table", batch: pa.Table) -> None:
 def _merge(features: "Table", batch: pa.Table) -> None:
     merge = features.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
     # use_index(False): through an index on the key, concurrent writers double rows without an error (reference/lancedb.md 1.1)
-    merge.when_not_matched_by_source_delete(_of_sae(batch["sae"][0].as_py())).use_index(False).execute(batch)
+    merge.when_not_matched_by_source_delete(_of_sae(batch["sae"][0].as_py())).use_index(False).execute(
+        batch,
+        on_bad_vectors="null",  # as they are: the vector of an empty text is null
+    )
 
 
 def _verified(features: "Table", batch: pa.Table) -> bool:
@@ -225,31 +248,6 @@ def _append(ledger: "Table", batch: pa.Table, version: int) -> None:
         "embedder": stamp_of(batch.schema).identity,
     }
     ledger.add(pa.Table.from_pylist([line], schema=PUBLICATION_ROW))
-
-
-def _build_indexes(root: Location, features: "Table") -> None:
-    """Build the indexes that are missing; called after rows are in, since full-text search built empty ranks wrongly."""
-    from lancedb.index import FTS, Bitmap, BTree, IvfSq
-
-    wanted: dict[str, BTree | Bitmap | FTS | IvfSq] = {
-        KEY: BTree(),
-        "feature": BTree(),
-        "sae": Bitmap(),
-        "status": Bitmap(),
-        "method": Bitmap(),
-        "label": FTS(with_position=False),  # positions made optimize() crash (reference/lancedb.md, 4)
-        "search_text": FTS(with_position=False),
-    }
-    if features.count_rows() > EXACT_ROWS:
-        wanted[VECTOR] = IvfSq(distance_type="cosine")
-
-    def build_missing() -> None:
-        indexed = {column for index in features.list_indices() for column in index.columns}  # by column: names are not stable
-        for column in wanted.keys() - indexed:
-            features.create_index(column, config=wanted[column])
-
-    with atlas_lock(root, "upkeep"):
-        persistently(build_missing)
 
 
 def _maintain_if_due(root: Location, features: "Table") -> None:

@@ -1,17 +1,19 @@
 """From an SAE's finished stages to the rows that the atlas holds.
 
-What belongs here: assembling rows and the text that is embedded. What does not: the tables (`tables.py`), or writing
-them (`publish.py`).
+What belongs here: assembling rows, and which of their texts are embedded. What does not: the tables (`tables.py`), or
+writing them (`publish.py`).
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import polars as pl
 
-from scopeatlas.atlas.tables import FEATURE_ROW, SCORES, feature_name
+from scopeatlas.atlas.embedding import EmbeddingCache
+from scopeatlas.atlas.tables import FEATURE_ROW, SCORES, VECTORS, feature_name
+from scopeatlas.atlas.terms import stop_words
 from scopeatlas.dictionaries.releases import SaeEntry
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.mining.examples import FeatureExamples, read_examples
@@ -53,7 +55,7 @@ def feature_rows(
     table = examples.features.join(labelled, on="feature", how="left").join(scored, on="feature", how="left")
     table = table.join(shown, on="feature", how="left")
     promoted, suppressed = (_token_lists(table[name], subject) for name in ("promoted", "suppressed"))
-    empty = pl.lit([], dtype=pl.List(pl.String))
+    empty, none = pl.lit([], dtype=pl.List(pl.String)), pl.lit([], dtype=pl.List(pl.Float32))
     is_ok = pl.col("status") == "ok"
     reads = pl.Series([str(site) for site in dictionary.sites_in], dtype=pl.String)
     rows = table.with_columns(
@@ -70,12 +72,26 @@ def feature_rows(
         scorer=pl.col("scorer").fill_null(""),
         unit=pl.col("unit").fill_null(""),
         trigger_tokens=pl.col("trigger_tokens").fill_null(empty),
+        trigger_shares=pl.col("trigger_shares").fill_null(none),
         snippets=pl.col("snippets").fill_null(empty),
         promoted=promoted,
         suppressed=suppressed,
     )
-    rows = rows.with_columns(key=pl.format("{}/{}", "sae", feature_name()), search_text=_search_texts(rows))
+    has_evidence = ~pl.col("status").is_in(UNEVIDENCED)
+    rows = rows.with_columns(
+        key=pl.format("{}/{}", "sae", feature_name()),
+        search_text=_search_texts(rows),
+        example_text=pl.when(has_evidence).then(pl.col("example_text").fill_null("")).otherwise(pl.lit("")),
+    )
     return rows.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_ROW.items())
+
+
+def feature_vectors(
+    rows: pl.DataFrame, cache: EmbeddingCache, *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, np.ndarray]:
+    """The VECTORS of rows, float32 [rows, dim] each; `progress(done, total)` counts distinct texts."""
+    vectors = cache.embed([text for name in VECTORS.values() for text in rows[name]], progress=progress)
+    return dict(zip(VECTORS, np.split(vectors, len(VECTORS)), strict=True))
 
 
 def sites_text(sites: Sequence[Site]) -> str:
@@ -87,24 +103,29 @@ def sites_text(sites: Sequence[Site]) -> str:
 
 
 def _evidence(path: Location) -> pl.DataFrame:
-    """Per feature: snippets (held out first), trigger_tokens (at the strongest peaks of any split, most frequent first)
-    and the words that describe it, for embedding."""
+    """Per feature: snippets (held out first) and the same unmarked as one text, trigger_tokens (at the strongest peaks of
+    any split, most frequent first) with the share of those peaks that each has, and the words that describe it."""
     windows = read_examples(path).filter(pl.col("kind") == "top")
     held_out_first = pl.col("split").replace_strict({"report": 0, "select": 1, "explain": 2}, return_dtype=pl.Int8)
     shown = windows.sort("feature", held_out_first, "rank").group_by("feature", maintain_order=True).head(SNIPPETS)
     strongest = windows.sort("feature", "peak", "context_id", descending=[False, True, False])
     strongest = strongest.group_by("feature", maintain_order=True).head(STRONGEST)
     snippets: dict[int, list[str]] = {}
-    for window in shown.select("feature", "texts", "activations").iter_rows(named=True):
-        snippets.setdefault(window["feature"], []).append(mark(window["texts"], window["activations"]))
+    unmarked: dict[int, list[str]] = {}
+    for feature, texts, activations in shown.select("feature", "texts", "activations").iter_rows():
+        snippets.setdefault(feature, []).append(mark(texts, activations))
+        unmarked.setdefault(feature, []).append(mark(texts, activations, marks=("", "")))
     rows = []
     for (feature,), mine in strongest.group_by(["feature"], maintain_order=True):
         peaks = list(zip(mine["texts"].to_list(), mine["peak_at"].to_list(), strict=True))
         triggers = Counter(tokens[at].strip() or tokens[at] for tokens, at in peaks)
-        most = [text for text, _ in triggers.most_common(TRIGGER_TOKENS)]
-        rows.append((feature, snippets.get(feature, []), most, described_by(peaks)))
-    names = ("snippets", "trigger_tokens", "words")
-    return pl.DataFrame(rows, schema={"feature": pl.UInt32, **dict.fromkeys(names, pl.List(pl.String))}, orient="row")
+        most, counts = zip(*triggers.most_common(TRIGGER_TOKENS), strict=True)
+        shares = [count / len(peaks) for count in counts]
+        text = "\n".join(unmarked.get(feature, []))
+        rows.append((feature, snippets.get(feature, []), text, list(most), shares, described_by(peaks)))
+    schema = {"feature": pl.UInt32, "snippets": pl.List(pl.String), "example_text": pl.String}
+    schema |= {"trigger_tokens": pl.List(pl.String), "trigger_shares": pl.List(pl.Float32), "words": pl.List(pl.String)}
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
@@ -130,14 +151,6 @@ def described_by(peaks: list[tuple[list[str], int]]) -> list[str]:
     return [*on, *shared[:SHARED_WORDS]]
 
 
-@cache
-def stop_words() -> frozenset[str]:
-    """Words that say nothing about a feature by themselves; scikit-learn takes a second to import, so only when asked."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-    return ENGLISH_STOP_WORDS | {"s", "t", "bos"}
-
-
 def word_around(tokens: Sequence[str], at: int) -> str:
     """The whole word that the token at `at` is part of, without surrounding space or punctuation; "" if it is none."""
     first, last = at, at
@@ -155,7 +168,7 @@ def _token_lists(ids: pl.Series, subject: SubjectModel) -> pl.Series:
 
 
 def _search_texts(rows: pl.DataFrame) -> pl.Series:
-    """What is embedded: the label, and the words that describe the feature.
+    """The label, and the words that describe the feature.
 
     Empty for a feature that was refused for want of evidence: a handful of contexts describes nothing.
     """

@@ -1,129 +1,50 @@
-"""Asking the atlas: by meaning, by key, by SAE.
+"""Asking the atlas: by meaning, by words, by token, by key, by SAE.
 
-What belongs here: the reader's side, `open_reader` and what it gives back. What does not: writing (`publish.py`), schemas
-(`tables.py`), or rendering hits for people (the command line's business).
+What belongs here: the reader's side, `open_reader`, and which rankings a search is made of. What does not: the rankings
+(`asking.py`), their fusion (`ranking.py`), what comes of it (`hits.py`), writing (`publish.py`), or printing hits.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 import polars as pl
 import pyarrow as pa
 
-from scopeatlas.atlas.embedding import Embedder
-from scopeatlas.atlas.publish import EXACT_ROWS
+from scopeatlas.atlas.asking import DENSE, Asked
+from scopeatlas.atlas.embedding import Embedder, first_line
+from scopeatlas.atlas.filters import Filters, checked_text
+from scopeatlas.atlas.hits import FeatureHit, SearchResults, Why
+from scopeatlas.atlas.ranking import CUTOFFS, WITH_WORD, Place, fused
 from scopeatlas.atlas.tables import (
     FEATURE_ROW,
     FEATURES,
     KEY,
     PUBLICATIONS,
-    VECTOR,
     has_table,
     newest_publications,
     open_table,
     same_layout,
     stamp_of,
 )
+from scopeatlas.atlas.terms import coverage, matches, query_terms
 from scopeatlas.errors import AtlasError, UnknownSaeError
 from scopeatlas.storage.uris import Location, location
 
 if TYPE_CHECKING:
-    from lancedb.expr import Expr
     from lancedb.table import Table
 
-WEAK_SIMILARITY = 0.5
-"""Below this cosine the best hit of a search is chance more often than an answer (MiniLM; `bench/cutoff.py`)."""
+SearchBy = Literal["hybrid", "dense", "label", "examples", "text", "token", "promoted"]
+"""Ways of searching: one ranking, or several fused (`hybrid`: label, examples and text; `dense`: label and examples)."""
+_RANKINGS: dict[str, tuple[str, ...]] = {"hybrid": ("label", "examples", "text"), "dense": ("label", "examples")}
+_BY_WORDS = {"label", "text"}
+"""Rankings in which it matters what a feature holds of the query's words, and where they may stand."""
+_WORDED = (KEY, "label", "trigger_tokens", "promoted")
 _COLUMNS = list(FEATURE_ROW)
 _OVERVIEW_COLUMNS = ["release", "sae", "model", "kind", "layer", "label", "f1"]
 _LISTED_COLUMNS = ["key", "kind", "site", "site_out", "feature", "status", "method", "label", "f1", "density"]
-_PROBES, _REFINE = 60, 3  # recall .987-1.000 with filters (reference/lancedb.md, 2.3 and 2.4)
 _NAMES_SHOWN = 20
 _FLAT_ID = re.compile(r"\d{1,9}")
-
-
-@dataclass(frozen=True)
-class FeatureHit:
-    """One feature as the atlas knows it: FEATURE_ROW's columns, and how close it came to the query (None if looked up)."""
-
-    key: str
-    release: str
-    sae: str
-    model: str
-    corpus: str
-    kind: str
-    site: str
-    site_out: str
-    layer: int
-    index: int
-    feature: int
-    status: str
-    method: str
-    label_id: str
-    label: str
-    reads: str
-    writes: str
-    trigger_tokens: tuple[str, ...]
-    promoted: tuple[str, ...]
-    suppressed: tuple[str, ...]
-    decoder_norms: tuple[float, ...]
-    density: float
-    max_activation: float
-    scorer: str
-    unit: str
-    f1: float | None
-    f1_low: float | None
-    f1_high: float | None
-    precision: float | None
-    recall: float | None
-    balanced_accuracy: float | None
-    balanced_accuracy_low: float | None
-    balanced_accuracy_high: float | None
-    auprc: float | None
-    lift: float | None
-    lift_low: float | None
-    lift_high: float | None
-    q_value: float | None
-    shuffled_f1: float | None
-    shuffled_balanced_accuracy: float | None
-    report_documents: int
-    snippets: tuple[str, ...]
-    search_text: str
-    similarity: float | None = None
-
-
-@dataclass(frozen=True)
-class SearchResults:
-    """The hits of one search, best first."""
-
-    query: str
-    hits: tuple[FeatureHit, ...] = ()
-
-    def __iter__(self) -> Iterator[FeatureHit]:
-        return iter(self.hits)
-
-    def __len__(self) -> int:
-        return len(self.hits)
-
-    def __getitem__(self, index: int) -> FeatureHit:
-        return self.hits[index]
-
-    @property
-    def best_similarity(self) -> float:
-        """The cosine of the best hit; 0 when there is none."""
-        return max((hit.similarity or 0.0 for hit in self.hits), default=0.0)
-
-    @property
-    def is_weak(self) -> bool:
-        """Whether even the best hit is further off than WEAK_SIMILARITY: the atlas seems to hold nothing of the kind."""
-        return self.best_similarity < WEAK_SIMILARITY
-
-    def to_polars(self) -> pl.DataFrame:
-        """One row per hit: FEATURE_ROW's columns and `similarity`."""
-        schema = {**FEATURE_ROW, "similarity": pl.Float64()}
-        rows = [{name: list(v) if isinstance(v, tuple) else v for name, v in asdict(hit).items()} for hit in self.hits]
-        return pl.DataFrame(rows, schema=schema)
 
 
 class AtlasReader:
@@ -134,6 +55,7 @@ class AtlasReader:
         self._features = features
         self._stamp = stamp_of(features.schema)
         self._overview: tuple[int, pl.DataFrame] | None = None
+        self._pinned: tuple[int, Table] | None = None
         self._embedder_checked = False
         self.embedder = embedder or Embedder(self._stamp.name, self._stamp.revision)
 
@@ -160,34 +82,73 @@ class AtlasReader:
         self,
         query: str,
         *,
+        by: SearchBy = "hybrid",
         k: int = 10,
+        offset: int = 0,
+        version: int | None = None,
         sae: str | None = None,
         release: str | None = None,
+        layer: int | None = None,
+        kind: str | None = None,
+        site: str | None = None,
         status: str | None = None,
         method: str | None = None,
         min_score: float | None = None,
-        layer: int | None = None,
+        min_score_low: float | None = None,
+        density: tuple[float | None, float | None] | None = None,
+        where: str | None = None,
     ) -> SearchResults:
-        """The k features whose description means most nearly what `query` says, by cosine of dense vectors.
+        """The features that `query` is about, best first; only those that come close to it, and `is_weak` if none does.
 
-        sae: a key, or the beginning or any part of some; `min_score`: a lower bound on f1, which leaves out unscored
-        features. Features refused for want of evidence (dead, rare, too few documents) have no text and are never hits. Exact up to 50,000 candidates. Look at `is_weak` before trusting the first hit.
-        Raises AtlasError on an empty query or a k below 1, UnknownSaeError if `sae` matches none.
+        by: `label` and `examples` compare meanings, with what the feature is said to be and with text that it fires on;
+        `text` looks for words in labels, trigger tokens and promoted tokens; `dense` fuses the first two and `hybrid` all
+        three by reciprocal ranks. `token` finds the features that fire on just this token, `promoted` those that promote
+        it; case and surrounding space do not matter. Each hit says why it is one (`hit.why`), and reaches a cut-off itself
+        (`ranking.CUTOFFS`); `nearest` is the same page of all that is ranked, whether it does or not.
+        k, offset: so many hits after so many, `results.found` in all; a further page of the same search takes
+        `version=results.version`, and one past the last hit is empty.
+        sae: a key, or the beginning or any part of some. layer, site: what the feature reads, site being any part of a
+        name such as model.layers.12.mlp.input, whatever its case. min_score, min_score_low: least F1, and least lower end of its 95 %
+        interval, which leave out unscored features. density: least and greatest share of tokens, None for no limit.
+        where: any further condition on the columns of FEATURE_ROW as SQL, such as "label LIKE '%war%' AND lift > 0.2".
+
+        Features refused for want of evidence (dead, rare, too few documents) are hits of `promoted` alone. Exact in an atlas
+        of up to 50,000 features. Of each ranking the first 200 are looked at, of `token` and `promoted` all. Raises
+        AtlasError on an empty query, a k below 1, a filter that LanceDB cannot apply or a `where` that is not one condition,
+        or a version that is gone, UnknownSaeError if `sae` matches none.
         """
-        if not query.strip() or k < 1:
-            raise AtlasError(f"cannot search for {query!r} with k={k}: give some words and a k of 1 or more")
-        equal: dict[str, str | int | None] = {"release": release, "status": status, "method": method, "layer": layer}
-        condition = _condition(equal, saes=None if sae is None else self._resolve(sae), min_score=min_score, described=True)
-        vector = self._checked_embedder().embed([query])[0]
-        asked = self._features.search(vector, vector_column_name=VECTOR)
-        asked = asked.distance_type("cosine")  # type: ignore[attr-defined]  # lancedb annotates the base of its builders
-        asked = asked.select([*_COLUMNS, "_distance"]).limit(k)
-        if condition is not None:
-            asked = asked.where(condition)
-        exact = self._candidates(condition) <= EXACT_ROWS
-        asked = asked.bypass_vector_index() if exact else asked.nprobes(_PROBES).refine_factor(_REFINE)
-        hits = [_hit(row, similarity=1.0 - row.pop("_distance")) for row in asked.to_arrow().to_pylist()]
-        return SearchResults(query, tuple(sorted(hits, key=lambda hit: (-(hit.similarity or 0.0), hit.sae, hit.feature))))
+        is_empty = not (query if by in {"token", "promoted"} else query.strip())  # a token may be a line break
+        if is_empty or k < 1 or offset < 0:
+            raise AtlasError(f"cannot search for {query!r} with k={k}, offset={offset}: give some words and a k of 1 or more")
+        if by not in get_args(SearchBy):
+            raise AtlasError(f"cannot search by {by!r}; there are {', '.join(get_args(SearchBy))}")
+        checked_text(query)
+        filters = Filters(release, layer, kind, site, status, method, min_score, min_score_low, density, where)
+        asked = self._asked(filters, sae=sae, version=version)
+        terms = query_terms(query)
+        names = _RANKINGS.get(by, (by,))
+        vector = self._checked_embedder().embed([query])[0] if DENSE.keys() & set(names) else None
+        rankings: dict[str, Mapping[str, Place]] = {}
+        for name in names:
+            if name in DENSE:
+                assert vector is not None
+                rankings[name] = asked.by_vector(DENSE[name], vector)
+            elif name == "text":
+                rankings[name] = asked.by_terms([*terms])
+            else:
+                rankings[name] = asked.by_trigger(query) if name == "token" else asked.by_promoted(query)
+        return _results(query, by, asked, rankings, terms=terms, k=k, offset=offset)
+
+    def like(self, sae: str, feature: int | str, *, k: int = 10, offset: int = 0, within: str | None = None) -> SearchResults:
+        """The features that mean most nearly what this one does, by its label and by its examples; see `feature`, `search`.
+
+        within: only SAEs of this key, or whose keys begin with it or contain it.
+        """
+        own = self.feature(sae, feature)
+        asked = self._asked(Filters(), sae=within, version=None)
+        vectors = asked.vectors(own.key)
+        rankings = {name: asked.by_vector(DENSE[name], vector, but=own.key) for name, vector in vectors.items()}
+        return _results(own.key, "meaning", asked, rankings, terms={}, k=k, offset=offset)
 
     def feature(self, sae: str, feature: int | str) -> FeatureHit:
         """One feature by SAE (a key, or enough of one to name a single SAE) and its flat id, or `7.123`: layer 7's 123.
@@ -201,7 +162,7 @@ class AtlasReader:
         found = self._features.search().where((col("sae") == lit(key)) & is_it).select(_COLUMNS).limit(1).to_arrow()
         if not found.num_rows:
             raise AtlasError(f"{key} has no feature {feature} in the atlas at {self.root}")
-        return _hit(found.to_pylist()[0])
+        return FeatureHit.of(found.to_pylist()[0])
 
     def features(self, sae: str, *, status: str | None = None) -> tuple[str, pl.DataFrame]:
         """The key `sae` stands for, and its features in order, of one status or all: key, kind, site, site_out, feature,
@@ -210,10 +171,7 @@ class AtlasReader:
         Raises UnknownSaeError if no SAE matches, AtlasError if several do.
         """
         key = self._one(sae)
-        condition = _condition({"sae": key, "status": status}, saes=None, min_score=None)
-        assert condition is not None
-        found = pl.from_arrow(self._features.search().where(condition).select(_LISTED_COLUMNS).to_arrow())
-        assert isinstance(found, pl.DataFrame)  # a table gives a frame; only an array would give a series
+        found = Asked(self._features, Filters(status=status).condition([key])).all_rows(_LISTED_COLUMNS)
         return key, found.sort("feature")
 
     def rows(self, sae: str) -> tuple[str, pl.DataFrame]:
@@ -222,10 +180,7 @@ class AtlasReader:
         Raises UnknownSaeError if no SAE matches, AtlasError if several do.
         """
         key = self._one(sae)
-        condition = _condition({"sae": key}, saes=None, min_score=None)
-        assert condition is not None
-        found = pl.from_arrow(self._features.search().where(condition).select(_COLUMNS).to_arrow())
-        assert isinstance(found, pl.DataFrame)  # a table gives a frame; only an array would give a series
+        found = Asked(self._features, Filters().condition([key])).all_rows(_COLUMNS)
         return key, found.sort("feature")
 
     def published(self, sae: str) -> tuple[str, str]:
@@ -272,9 +227,28 @@ class AtlasReader:
             raise AtlasError(f"{sae!r} matches {len(keys)} SAEs ({_listed(keys)}); give a whole key")
         return keys[0]
 
-    def _candidates(self, condition: "Expr | None") -> int:
-        total = self._features.count_rows()
-        return total if condition is None or total <= EXACT_ROWS else self._features.count_rows(condition.to_sql())
+    def _asked(self, filters: Filters, *, sae: str | None, version: int | None) -> Asked:
+        """The rows that pass, in one state of the table: all of one answer is of the same, whoever writes meanwhile."""
+        asked = Asked(self._at(version), filters.condition(None if sae is None else self._resolve(sae)))
+        if filters.where is not None:  # at once, so that the error says that it is about a condition
+            try:
+                asked.all_rows([KEY], limit=1)
+            except AtlasError as error:
+                cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+                raise AtlasError(f"no condition on features: {filters.where!r}: {first_line(cause)}") from error
+        return asked
+
+    def _at(self, version: int | None) -> "Table":
+        """The table at a version, the newest by default. Raises AtlasError if that version is gone."""
+        wanted = self._features.version if version is None else version
+        if self._pinned is None or self._pinned[0] != wanted:
+            table = open_table(self.root, FEATURES)
+            try:
+                table.checkout(wanted)
+            except (OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:  # LanceDB's, or of no version at all
+                raise AtlasError(f"version {version} of the atlas at {self.root} is gone; search again without it") from error
+            self._pinned = (wanted, table)
+        return self._pinned[1]
 
     def _checked_embedder(self) -> Embedder:
         """The embedder, once known to be the one that made the vectors. Raises AtlasError if it is not."""
@@ -291,31 +265,49 @@ def open_reader(path: str | Location, *, embedder: Embedder | None = None) -> At
     return AtlasReader.at(path, embedder=embedder)
 
 
-def _condition(
-    equal: "dict[str, str | int | None]", *, saes: list[str] | None, min_score: float | None, described: bool = False
-) -> "Expr | None":
-    """The filter as an expression tree: values are literals in it and can never become SQL."""
-    from lancedb.expr import col, lit
+def _results(
+    query: str,
+    by: str,
+    asked: Asked,
+    rankings: Mapping[str, Mapping[str, Place]],
+    *,
+    terms: Mapping[str, str],
+    k: int,
+    offset: int,
+) -> SearchResults:
+    """One page of the features in the rankings' fusion that reach a cut-off, and what the whole of them came to."""
+    scores = dict(fused(rankings))
+    described = asked.rows([*scores], _WORDED) if terms and _BY_WORDS & rankings.keys() else {}
+    values = _values(rankings, terms, {key: matches(terms, row) for key, row in described.items()})
+    cutoffs = {name: CUTOFFS[name] for name in values if name in CUTOFFS and by in get_args(SearchBy)}
+    found = {key for name, of in values.items() for key, value in of.items() if value >= cutoffs.get(name, value)}
+    pages = [[key for key in scores if key in found][offset : offset + k], [*scores][offset : offset + k]]
+    rows = asked.rows([*dict.fromkeys([*pages[0], *pages[1]])])
 
-    parts = [col(name) == lit(value) for name, value in equal.items() if value is not None]
-    if described:
-        parts.append(col("search_text") != lit(""))
-    if saes is not None:
-        parts.append(col("sae").isin(saes))
-    if min_score is not None:
-        parts.append(col("f1") >= lit(float(min_score)))
-    condition = None
-    for part in parts:
-        condition = part if condition is None else condition & part
-    return condition
+    def hit(key: str) -> FeatureHit:
+        places = {name: ranking[key] for name, ranking in rankings.items() if key in ranking}
+        return FeatureHit.of(rows[key], score=scores[key], why=Why(places, matches(terms, rows[key])))
+
+    hits, nearest = (tuple(hit(key) for key in page) for page in pages)
+    best = {name: max(of.values(), default=0.0) for name, of in values.items()}
+    return SearchResults(query, by, hits, best, cutoffs, asked.table.version, offset, len(found), nearest)
 
 
-_LISTS = tuple(name for name, dtype in FEATURE_ROW.items() if isinstance(dtype, pl.List))
+def _values(
+    rankings: Mapping[str, Mapping[str, Place]], terms: Mapping[str, str], held: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> dict[str, dict[str, float]]:
+    """What CUTOFFS are about, by name and key: but for text, since BM25 has no scale of its own, what rankings are by.
 
-
-def _hit(row: dict[str, object], *, similarity: float | None = None) -> FeatureHit:
-    values = {name: tuple(value) if name in _LISTS and isinstance(value, list) else value for name, value in row.items()}
-    return FeatureHit(**values, similarity=similarity)  # type: ignore[arg-type]  # the table's schema is FEATURE_ROW
+    held: by key, which of the query's words stand where.
+    """
+    values = {name: {key: place.value for key, place in ranking.items()} for name, ranking in rankings.items() if ranking}
+    if "label" in values and held:
+        with_word = {key: value for key, value in values["label"].items() if held[key]}
+        values |= {WITH_WORD: with_word} if with_word else {}
+    if "text" in rankings:
+        values.pop("text", None)
+        values["words" if len(rankings) > 1 else "text"] = {key: coverage(terms, words) for key, words in held.items()}
+    return values
 
 
 def _summarise(rows: pa.Table) -> pl.DataFrame:

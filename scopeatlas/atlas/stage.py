@@ -10,9 +10,10 @@ import polars as pl
 
 from scopeatlas.activations.cache import activation_keys
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
-from scopeatlas.atlas.publish import Publication, publish
-from scopeatlas.atlas.rows import feature_rows
-from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, has_table, newest_publications, open_table
+from scopeatlas.atlas.history import refused_generations
+from scopeatlas.atlas.publish import Publication, generation_path, republish, write_generation
+from scopeatlas.atlas.rows import feature_rows, feature_vectors
+from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, VECTORS, has_table, newest_publications, open_table, sql
 from scopeatlas.corpus.build import Corpus
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.errors import NotReadyError
@@ -27,7 +28,7 @@ from scopeatlas.storage.store import Store
 from scopeatlas.storage.uris import readable
 from scopeatlas.subject.loading import SubjectModel
 
-STAGE_VERSION = 8
+STAGE_VERSION = 9
 
 
 def publication_key(
@@ -58,15 +59,15 @@ def index_features(
 ) -> Publication:
     """Publish an SAE's features; `reused` if this very generation is live.
 
-    Raises NotReadyError if labels or scores are missing, AtlasError if the atlas cannot take the rows.
+    A generation that was rolled back is not published again: what is live stays. Raises NotReadyError if labels or scores are
+    missing, AtlasError if the atlas cannot take the rows.
     """
     stage = store.stage(entry.key, corpus.id, "publication")
     key = publication_key(store, corpus, entry, subject, embedder=embedder, labels=labels, scores=scores)
     if stage.is_done(key):
-        path = stage.root / str(stage.record(key).facts["path"])
-        live = _live(store, entry.key)
-        if path.exists() and live is not None and live["generation"] == stage.record(key).facts["generation"]:
-            return Publication(entry.key, live["generation"], live["rows"], live["table_version"], path, True)
+        live = _kept_live(store, entry.key, str(stage.record(key).facts["generation"]), log)
+        if live is not None and live.path.exists():
+            return live
     store.require_writable()
     current = _finished(store, corpus, entry, "labels", labels_key(store, corpus, entry, subject, labels)).filter(
         pl.col("current")
@@ -81,13 +82,16 @@ def index_features(
         current,
         published(tests, current),
     )
-    progress = Progress("feature index: embedding", rows["search_text"].n_unique(), "texts", log)
-    vectors = EmbeddingCache(store.root, embedder).embed(
-        rows["search_text"].to_list(), progress=lambda done, _total: progress.advance(done - progress.done)
-    )
+    texts = len({text for name in VECTORS.values() for text in rows[name]})
+    progress = Progress("feature index: embedding", texts, "texts", log)
+    cache = EmbeddingCache(store.root, embedder)
+    vectors = feature_vectors(rows, cache, progress=lambda done, _total: progress.advance(done - progress.done))
     progress.finish()
-    publication = publish(rows, vectors, root=store.root, folder=stage.root, embedder=embedder)
-    facts = {"generation": publication.generation, "path": publication.path.name, "rows": publication.rows}
+    generation = write_generation(rows, vectors, root=store.root, folder=stage.root, embedder=embedder)
+    is_refused = generation in refused_generations(store, entry.key)
+    live = _kept_live(store, entry.key, generation, log) if is_refused else None
+    publication = live or republish(generation, root=store.root, folder=stage.root)
+    facts = {"generation": generation, "rows": publication.rows}
     uses = _uses(store, corpus, entry, subject, labels, scores)
     stage.commit(key, [], facts | {"uses": uses, "subject": subject.recipe()})
     return publication
@@ -105,14 +109,24 @@ def _uses(
     }
 
 
-def publication_facts(store: Store, sae: str, corpus_id: str) -> dict[str, Any]:
-    """What is recorded of an SAE's live publication over a corpus: generation, path, rows; uses, the identities of the stages
-    that it was made from; subject, the recipe of its subject model. Empty if nothing of this corpus is live."""
+def publication_facts(store: Store, sae: str, corpus_id: str, generation: str | None) -> dict[str, Any]:
+    """What is recorded of how a generation of an SAE was made: generation, path, rows; uses, the identities of the stages
+    that it was made from; subject, the recipe of its subject model. Empty if it is not of this corpus.
+
+    generation: the one that is live, as `live_generation` says.
+    """
+    for record in store.stage(sae, corpus_id, "publication").records():
+        if generation and record.facts.get("generation") == generation:
+            return record.facts
+    return {}
+
+
+def live_generation(store: Store, sae: str) -> str | None:
+    """The generation of an SAE that the ledger's last line is about; None if it was never published."""
     if not has_table(store.root, PUBLICATIONS):
-        return {}
-    live = newest_publications(open_table(store.root, PUBLICATIONS)).filter(sae=sae, corpus=corpus_id)["generation"].to_list()
-    found = (r.facts for r in store.stage(sae, corpus_id, "publication").records() if r.facts.get("generation") in live)
-    return next((facts for facts in found if "uses" in facts), {})
+        return None
+    lines = newest_publications(open_table(store.root, PUBLICATIONS)).filter(sae=sae)["generation"].to_list()
+    return lines[0] if lines else None
 
 
 def _finished(store: Store, corpus: Corpus, entry: SaeEntry, name: str, key: ShardKey) -> pl.DataFrame:
@@ -120,6 +134,19 @@ def _finished(store: Store, corpus: Corpus, entry: SaeEntry, name: str, key: Sha
     if not stage.is_done(key):
         raise NotReadyError(f"{entry.key} has no {name} made with these settings: run that stage first")
     return pl.read_parquet(readable(stage.data_path(key, ".parquet")))
+
+
+def _kept_live(store: Store, sae: str, generation: str, log: Log) -> Publication | None:
+    """What is live, if it is this generation, or if somebody rolled this one back."""
+    live = _live(store, sae)
+    is_refused = generation in refused_generations(store, sae)
+    if live is None or not (is_refused or live["generation"] == generation):
+        return None
+    if is_refused:
+        log(f"feature index: {generation} was rolled back; `scopeatlas rollback {sae} --to {generation}` brings it back")
+    folder = store.stage(sae, live["corpus"], "publication").root
+    path = generation_path(folder, live["generation"])
+    return Publication(sae, live["generation"], live["rows"], live["table_version"], path, True)
 
 
 def _live(store: Store, sae: str) -> dict | None:
@@ -132,5 +159,5 @@ def _live(store: Store, sae: str) -> dict | None:
     from lancedb.expr import col, lit
 
     condition = (col("sae") == lit(sae)) & (col("generation") == lit(lines[0]["generation"]))
-    held = open_table(store.root, FEATURES).count_rows(condition.to_sql())
+    held = open_table(store.root, FEATURES).count_rows(sql(condition))
     return lines[0] if held == lines[0]["rows"] else None

@@ -5,7 +5,7 @@ are written (`publish.py`), or how they are asked for (`search.py`).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -16,17 +16,21 @@ import polars as pl
 import pyarrow as pa
 
 from scopeatlas.atlas.embedding import EmbedderStamp, first_line
+from scopeatlas.atlas.terms import terms_of
 from scopeatlas.dictionaries.sparse import MULTI_LAYER
 from scopeatlas.errors import AtlasError
 from scopeatlas.storage.uris import Location, endpoint, sizes_under
 
 if TYPE_CHECKING:
     from lancedb.db import DBConnection
+    from lancedb.expr import Expr
     from lancedb.table import Table
 
 FEATURES = "features"
 PUBLICATIONS = "publications"
-KEY, VECTOR, GENERATION = "key", "vector", "generation"
+KEY, GENERATION, TERMS = "key", "generation", "terms"
+VECTORS = {"vector": "search_text", "example_vector": "example_text"}
+"""The columns that hold vectors, and the column of the text that each is of."""
 _COMMITS = 20
 
 SCORES = (
@@ -55,7 +59,8 @@ FEATURE_ROW = pl.Schema(
         "label": pl.String,  # "" where it was refused
         "reads": pl.String,
         "writes": pl.String,
-        "trigger_tokens": pl.List(pl.String),
+        "trigger_tokens": pl.List(pl.String),  # at its strongest peaks, the most frequent first
+        "trigger_shares": pl.List(pl.Float32),  # of those peaks, that each trigger token has
         "promoted": pl.List(pl.String),
         "suppressed": pl.List(pl.String),
         "decoder_norms": pl.List(pl.Float32),  # of what it writes at each output site
@@ -66,7 +71,8 @@ FEATURE_ROW = pl.Schema(
         **dict.fromkeys(SCORES, pl.Float32),
         "report_documents": pl.Int32,
         "snippets": pl.List(pl.String),  # top windows, «» around the tokens that fire
-        "search_text": pl.String,  # what is embedded
+        "search_text": pl.String,  # the label and the words that describe it; "" where evidence is wanting
+        "example_text": pl.String,  # the snippets, unmarked; "" where evidence is wanting
     }
 )
 NULLABLE = frozenset(SCORES)
@@ -104,10 +110,12 @@ def feature_name() -> pl.Expr:
 
 
 def features_schema(dim: int, stamp: EmbedderStamp) -> pa.Schema:
-    """FEATURE_ROW as Arrow, plus `generation` (which publication the row came from) and `vector` float16 [dim]."""
+    """FEATURE_ROW as Arrow, plus `generation` (which publication the row came from), `terms` (what full-text search looks
+    in, see `terms.py`) and VECTORS, float16 [dim] each."""
     fields = [pa.field(name, _ARROW[dtype]) for name, dtype in FEATURE_ROW.items()]
     fields[0] = pa.field(KEY, pa.string(), nullable=False, metadata=PRIMARY_KEY)
-    fields += [pa.field(GENERATION, pa.string()), pa.field(VECTOR, pa.list_(pa.float16(), dim))]
+    fields += [pa.field(GENERATION, pa.string()), pa.field(TERMS, pa.string())]
+    fields += [pa.field(name, pa.list_(pa.float16(), dim)) for name in VECTORS]
     return pa.schema(fields, metadata={_STAMP: json.dumps(asdict(stamp), sort_keys=True)})
 
 
@@ -143,13 +151,18 @@ def checked_rows(rows: pl.DataFrame) -> pl.DataFrame:
     return rows
 
 
-def features_batch(rows: pl.DataFrame, vectors: np.ndarray, *, generation: str, stamp: EmbedderStamp) -> pa.Table:
-    """The checked rows and their vectors, [rows, dim], as the one Arrow table that is merged."""
-    schema = features_schema(vectors.shape[1], stamp)
+def features_batch(rows: pl.DataFrame, vectors: Mapping[str, np.ndarray], *, generation: str, stamp: EmbedderStamp) -> pa.Table:
+    """The checked rows and their VECTORS, [rows, dim] each, as the one Arrow table that is merged. The vector of an empty
+    text is null, so no search comes upon it."""
+    schema = features_schema(next(iter(vectors.values())).shape[1], stamp)
     oldest = pl.CompatLevel.oldest()  # without string views, which Lance does not read
     columns = [rows[name].to_arrow(compat_level=oldest).cast(_ARROW[dtype]) for name, dtype in FEATURE_ROW.items()]
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).ravel())
-    columns += [pa.array([generation] * len(rows)), pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])]
+    found_by = rows.select("label", "trigger_tokens", "promoted", has_evidence=pl.col("example_text") != "")
+    columns += [pa.array([generation] * len(rows)), pa.array([terms_of(*row) for row in found_by.iter_rows()], pa.string())]
+    for name, text in VECTORS.items():
+        flat = pa.array(np.ascontiguousarray(vectors[name], dtype=np.float16).ravel())
+        is_empty = (rows[text] == "").to_arrow()
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, vectors[name].shape[1], mask=is_empty))
     return pa.table(columns, schema=schema)
 
 
@@ -185,6 +198,15 @@ def open_table(root: Location, name: str) -> "Table":
         raise AtlasError(f"cannot read the atlas at {root}: {first_line(error)}") from error
 
 
+def sql(condition: "Expr") -> str:
+    """A condition as SQL, in which every value is a literal. Raises AtlasError on a backslash before a quote or at an end:
+    lancedb 0.40 does not double that quote, so what follows would be taken for SQL."""
+    text = condition.to_sql()
+    if "\\'" in text:
+        raise AtlasError(f"no value may hold a backslash before a quote or at its end: {text}")
+    return text
+
+
 def persistently(commit: Callable[[], object]) -> None:
     """Run `commit` until no commit of another machine comes before its own; on this machine a lock keeps others away.
 
@@ -203,8 +225,11 @@ def persistently(commit: Callable[[], object]) -> None:
 def same_layout(schema: pa.Schema) -> bool:
     """Whether a table's columns are FEATURE_ROW's, so that this version of Scope Atlas can read and write it."""
     expected = features_schema(1, EmbedderStamp("", None, ""))
-    pairs = {(f.name, f.type) for f in schema if f.name != VECTOR}
-    return pairs == {(f.name, f.type) for f in expected if f.name != VECTOR}
+
+    def pairs(of: pa.Schema) -> set[tuple[str, pa.DataType | None]]:
+        return {(field.name, None if field.name in VECTORS else field.type) for field in of}  # whatever their dimension
+
+    return pairs(schema) == pairs(expected)
 
 
 def newest_publications(ledger: "Table") -> pl.DataFrame:

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 import click
 
 from scopeatlas import __version__
-from scopeatlas.cli import exchange, features, labels, releases, stores
+from scopeatlas.cli import compare, contrast, exchange, features, intervene, labels, releases, stores, trace
 from scopeatlas.cli.options import STORE_VARIABLE
 from scopeatlas.errors import ScopeAtlasError
 from scopeatlas.storage.uris import location
@@ -35,7 +35,9 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ScopeAtlasError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            from scopeatlas.rendering.text import plain
+
+            click.echo(f"error: {plain(' '.join(str(error).split()))}", err=True)
             ctx.exit(2)
 
 
@@ -57,11 +59,15 @@ def cli(ctx: click.Context, root: str) -> None:
 
 
 for _command in (
-    *(features.search, features.show, features.list_features),
-    *(labels.annotate, labels.report, labels.spent),
-    *(stores.status, stores.catalog, stores.prune),
+    *(features.search, features.search_vector, features.similar, features.show, features.list_features, features.show_densities),
+    *(labels.annotate, labels.history, labels.report, labels.spent),
+    *(stores.status, stores.catalog, stores.prune, stores.rollback),
     *(releases.check, releases.plan),
-    exchange.delphi,
+    *(trace.trace, trace.topics),
+    contrast.contrast,
+    *(intervene.ablate, intervene.steer, intervene.attribute, intervene.check_cause),
+    *(compare.compare, compare.diff),
+    *(exchange.export, exchange.import_),
 ):
     cli.add_command(_command)
 

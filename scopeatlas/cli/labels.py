@@ -1,4 +1,4 @@
-"""`scopeatlas annotate`, `report` and `spent`: what people say of features, and what testing labels showed and cost.
+"""`scopeatlas annotate`, `history`, `report` and `spent`: what is said of features, and what testing that showed and cost.
 
 What belongs here: commands about labels. What does not: the group they belong to and its errors (`__init__.py`).
 """
@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
+from scopeatlas.cli.options import feature_name, json_option
 from scopeatlas.errors import NotReadyError
 from scopeatlas.storage.uris import Location
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 
 
 @click.command()
@@ -21,23 +20,44 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--label", default="", help="A few words; by default the first of READS.")
 @click.option("--author", default="", help="Who says so; each author has one label of a feature.")
 @click.option("--retract", is_flag=True, help="Take this author's label back instead.")
+@json_option
 @click.pass_obj
-def annotate(root: Location, sae: str, feature: str, reads: str, writes: str, label: str, author: str, retract: bool) -> None:
+def annotate(
+    root: Location, sae: str, feature: str, reads: str, writes: str, label: str, author: str, retract: bool, as_json: bool
+) -> None:
     """Write down what FEATURE of SAE READS, in your own words. It is tested like any other label when the labels are next
     made (make run, or `scopeatlas label`)."""
     from scopeatlas.atlas.search import open_reader
     from scopeatlas.labels import annotations
+    from scopeatlas.rendering.text import print_json
     from scopeatlas.storage.store import Store
 
     hit = open_reader(root).feature(sae, feature)
+    there = Store(root), hit.corpus, hit.sae, hit.feature
     if retract:
-        gone = annotations.retract(Store(root), hit.corpus, hit.sae, hit.feature, author=author)
-        click.echo(f"taken back: {hit.key}: {gone.reads or gone.writes}")
-        return
-    made = annotations.annotate(
-        Store(root), hit.corpus, hit.sae, hit.feature, reads=reads, writes=writes, label=label, author=author
-    )
-    click.echo(f"{hit.key}: {made.label}")
+        said = annotations.retract(*there, author=author)
+    else:
+        said = annotations.annotate(*there, reads=reads, writes=writes, label=label, author=author)
+    if as_json:
+        claim = {name: getattr(said, name) for name in ("label_id", "version", "label", "reads", "writes")}
+        print_json({"key": hit.key, **claim, "retracted": retract})
+    else:
+        click.echo(f"taken back: {hit.key}: {said.reads or said.writes}" if retract else f"{hit.key}: {said.label}")
+
+
+@click.command()
+@click.argument("sae")
+@click.argument("feature", callback=feature_name)
+@json_option
+@click.pass_obj
+def history(root: Location, sae: str, feature: str, as_json: bool) -> None:
+    """What FEATURE of SAE was said to be, publication by publication, and every label it was ever given with its test."""
+    from scopeatlas.api import open_atlas
+    from scopeatlas.rendering.labels import print_history
+    from scopeatlas.rendering.text import console, print_json
+
+    found = open_atlas(root).history(sae, feature)
+    print_json(found.as_dict()) if as_json else print_history(console(), found)
 
 
 @click.command()
@@ -46,7 +66,7 @@ def annotate(root: Location, sae: str, feature: str, reads: str, writes: str, la
     "--examples", type=click.IntRange(min=0), default=0, help="Also so many labels, drawn at random, with hits and misses."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
-@_json
+@json_option
 @click.pass_obj
 def report(root: Location, sae: str, examples: int, seed: int, as_json: bool) -> None:
     """Say how many features of SAE have a label, why the others have none, and how the labels fare beside every control."""
@@ -94,7 +114,7 @@ def draw_labels(scores: Location, outcomes: Location, count: int, seed: int) -> 
 
 
 @click.command()
-@_json
+@json_option
 @click.pass_obj
 def spent(root: Location, as_json: bool) -> None:
     """Say what the LLM has cost so far, by purpose: answers, and what is reserved for requests whose answer never came."""

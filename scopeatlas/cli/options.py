@@ -3,7 +3,9 @@
 What belongs here: decorators and callbacks of click. What does not: a command.
 """
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 import click
@@ -38,8 +40,19 @@ def json_option(command: _Command) -> _Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")(command)
 
 
+def plot_option(command: _Command) -> _Command:
+    return click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw it into this PNG file.")(command)
+
+
 def status_option(command: _Command) -> _Command:
     return click.option("--status", callback=word_of("Status"), help="Only features of this status: ok, dead, rare, ...")(command)
+
+
+def feature_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """A callback that refuses what cannot be the name of a feature."""
+    if not re.fullmatch(r"\d+(\.\d+)?", value):
+        raise click.BadParameter(f"'{value}' is neither a feature's number nor, of a multi-layer SAE, LAYER.INDEX such as 7.123")
+    return value
 
 
 def store_at(root: Location) -> "Store":

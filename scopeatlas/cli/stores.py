@@ -1,4 +1,4 @@
-"""`scopeatlas status`, `catalog` and `prune`: what a store holds, and freeing what it no longer needs.
+"""`scopeatlas status`, `catalog`, `prune` and `rollback`: what a store holds, and what of it is live.
 
 What belongs here: commands about a whole store. What does not: commands about features (`features.py`).
 """
@@ -79,3 +79,23 @@ def catalog(
         click.echo("no SAE in the catalog matches")
     else:
         print_catalog(console(), rows)
+
+
+@click.command()
+@click.argument("sae")
+@click.option("--to", help="A generation, or the beginning of its name [default: the one before what is live].")
+@json_option
+@click.pass_obj
+def rollback(root: Location, sae: str, to: str | None, as_json: bool) -> None:
+    """Publish the previous generation of SAE again. Other SAEs stay as they are; what was rolled back is not published again
+    by a run unless its labels or scores have changed."""
+    from scopeatlas.atlas.history import roll_back
+    from scopeatlas.atlas.search import open_reader
+    from scopeatlas.rendering.text import print_json
+
+    key, _ = open_reader(root).published(sae)
+    made = roll_back(store_at(root), key, to=to)
+    if as_json:
+        print_json({"sae": key, "generation": made.generation, "rows": made.rows, "table_version": made.table_version})
+    else:
+        click.echo(f"live now: generation {made.generation} of {key}, {made.rows:,} features")

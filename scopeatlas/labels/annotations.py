@@ -1,12 +1,13 @@
-"""People's own labels: a method like the others, scored by the same scorers.
+"""Labels that people wrote or brought from elsewhere: methods like the others, scored by the same scorers.
 
 What belongs here: writing one down, taking one back, reading those that stand. What does not: whether one is current
-(`choosing.py`). They lie in `annotations.jsonl` of the labels stage, which is only ever added to.
+(`choosing.py`), or other tools' files (`exchange/`). They lie in `annotations.jsonl` of the labels stage, which is only ever
+added to.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from scopeatlas.errors import ConfigError
@@ -30,7 +31,7 @@ def annotate(
     down, UnknownSaeError for an SAE that the store does not know, StoreError if it cannot be written.
     """
     store.entry(sae)
-    texts = [_one_line(text) for text in (reads, writes, label, author)]
+    texts = [one_line(text) for text in (reads, writes, label, author)]
     reads, writes, label, author = texts
     if not (reads or writes):
         raise ConfigError(f"an annotation of feature {feature} says nothing: give what it reads or what it writes")
@@ -46,12 +47,39 @@ def annotate(
 
 def retract(store: Store, corpus_id: str, sae: str, feature: int, *, author: str = "") -> Label:
     """Take back what an author wrote of a feature; returns what that was. Raises ConfigError if there is nothing."""
-    version = f"human:{_one_line(author)}" if _one_line(author) else "human"
+    version = f"human:{one_line(author)}" if one_line(author) else "human"
     standing = [mine for mine in read_annotations(store, corpus_id, sae) if (mine.feature, mine.version) == (feature, version)]
     if not standing:
         raise ConfigError(f"{author or 'nobody'} has no annotation of feature {feature} of {sae} to take back")
     versions.append(_path(store, corpus_id, sae), [{"retracted": {"feature": feature, "version": version}}])
     return standing[0]
+
+
+def imported_label(feature: int, reads: str, *, version: str, provenance: Mapping[str, object]) -> Label:
+    """A label from elsewhere, as an annotation: on one line, its first words as the short form.
+
+    version: who said it where; of one version a feature has one label. provenance: kept as it is, but that half a surrogate
+    pair becomes "?". Raises ConfigError as `annotate` does.
+    """
+    text = one_line(reads)
+    if not text or feature < 0 or len(text) > MAX_LENGTH:
+        raise ConfigError(f"an explanation needs a feature's number and a text of 1 to {MAX_LENGTH} characters")
+    short = " ".join(text.split()[:SHORT_WORDS])
+    origin = _encodable(json.dumps(provenance, ensure_ascii=False, sort_keys=True))
+    return Label(feature, "imported", "ok", short, text, version=version, current=False, provenance=origin)
+
+
+def take_in(store: Store, corpus_id: str, sae: str, labels: Iterable[Label]) -> list[Label]:
+    """Write `imported_label`s down in place of earlier ones of the same feature and version; returns those that were not there
+    already. Of several with one feature and version the last stands. The labels stage takes them up when it next runs.
+    Raises UnknownSaeError, StoreError as `annotate` does."""
+    store.entry(sae)
+    last = {(label.feature, label.version): label for label in labels}
+    standing = {label.label_id for label in read_annotations(store, corpus_id, sae)}
+    new = [label for label in last.values() if label.label_id not in standing]
+    if new:
+        versions.append(_path(store, corpus_id, sae), [{"label": versions.as_entry(label)} for label in new])
+    return new
 
 
 def read_annotations(store: Store, corpus_id: str, sae: str) -> list[Label]:
@@ -74,5 +102,11 @@ def _path(store: Store, corpus_id: str, sae: str) -> Location:
     return store.stage(sae, corpus_id, "labels").root / "annotations.jsonl"
 
 
-def _one_line(text: str) -> str:
-    return " ".join(_CONTROL.sub(" ", text).split())
+def one_line(text: str) -> str:
+    """A text as a label holds it: no line breaks, runs of spaces, control characters or half surrogate pairs (which become
+    "?")."""
+    return " ".join(_CONTROL.sub(" ", _encodable(text)).split())
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

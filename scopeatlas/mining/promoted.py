@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    Effects = Callable[[torch.Tensor], torch.Tensor]
     Promotion = Callable[[torch.Tensor], "PromotedTokens"]
 
 TOKENS = 10
@@ -40,12 +41,11 @@ class PromotedTokens:
     strength: np.ndarray
 
 
-def promotion(dictionary: SparseDictionary, subject: SubjectModel) -> "Promotion | None":
-    """From decoder rows [n, L_out, d_out] of `dictionary` to what they promote.
+def logit_effects(dictionary: SparseDictionary, subject: SubjectModel) -> "Effects | None":
+    """From decoder rows [n, L_out, d_out] of `dictionary` to their effects on the logits, float32 [n, vocabulary].
 
-    Effects on the logits, to first order: what a feature adds to the stream, through the final norm's gain, times the
-    unembedding. Special and unused tokens are left out. None where what a feature adds cannot be expressed
-    (`stream_writer`). Cost: one product [n, d] x [d, vocabulary], in tiles of TILE_FEATURES.
+    To first order: what a feature adds to the stream, through the final norm's gain, times the unembedding. None where what
+    a feature adds cannot be expressed (`stream_writer`).
     """
     import torch
 
@@ -55,7 +55,29 @@ def promotion(dictionary: SparseDictionary, subject: SubjectModel) -> "Promotion
     unembedding = subject.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # [vocabulary, d]
     norm = _final_norm(subject)
     gain = norm_gain(norm, unembedding.shape[1])
-    unreadable = (~readable_tokens(subject, len(unembedding))).nonzero().squeeze(1)
+
+    def effects(rows_nod: "torch.Tensor") -> "torch.Tensor":
+        with torch.no_grad():
+            rows = write(rows_nod.to(unembedding.device, torch.float32))
+            if isinstance(norm, torch.nn.LayerNorm):
+                rows = rows - rows.mean(1, keepdim=True)
+            return ((rows * gain).to(unembedding.dtype) @ unembedding.T).float()
+
+    return effects
+
+
+def promotion(dictionary: SparseDictionary, subject: SubjectModel) -> "Promotion | None":
+    """From decoder rows [n, L_out, d_out] of `dictionary` to what they promote: the extremes of `logit_effects`, and None where
+    there are none. Special and unused tokens are left out. Cost: one product [n, d] x [d, vocabulary], in tiles of
+    TILE_FEATURES.
+    """
+    import torch
+
+    effects = logit_effects(dictionary, subject)
+    if effects is None:
+        return None
+    vocabulary = len(subject.model.get_output_embeddings().weight)  # pyright: ignore[reportOptionalMemberAccess]
+    unreadable = (~readable_tokens(subject, vocabulary)).nonzero().squeeze(1)
 
     def promoted(rows_nod: "torch.Tensor") -> PromotedTokens:
         with torch.no_grad():
@@ -63,10 +85,7 @@ def promotion(dictionary: SparseDictionary, subject: SubjectModel) -> "Promotion
         return PromotedTokens(*(torch.cat(column).cpu().numpy() for column in zip(*tiles, strict=True)))
 
     def _of_tile(rows_nod: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-        rows = write(rows_nod.to(unembedding.device, torch.float32))
-        if isinstance(norm, torch.nn.LayerNorm):
-            rows = rows - rows.mean(1, keepdim=True)
-        effect = ((rows * gain).to(unembedding.dtype) @ unembedding.T).float()
+        effect = effects(rows_nod)
         deviation, mean = torch.std_mean(effect, dim=1, keepdim=True)
         highest, raised = _largest(effect.index_fill_(1, unreadable, -torch.inf))
         _, lowered = _largest(effect.index_fill_(1, unreadable, torch.inf).neg_())

@@ -13,7 +13,7 @@ import numpy as np
 
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.mining.promoted import readable_tokens
-from scopeatlas.subject.capture import batches, capture, editing, run_model
+from scopeatlas.subject.capture import adding, batches, capture, editing, run_model
 from scopeatlas.subject.loading import SubjectModel
 from scopeatlas.subject.sites import Site
 
@@ -72,6 +72,12 @@ def random_direction_changes(
         yield TokenChange(feature, steering.effects(_random_like(steering.rows(feature), [seed, feature])))
 
 
+def added_outputs(dictionary: SparseDictionary) -> slice:
+    """Where in `sites_out` what a feature writes is added: everywhere; of a crosscoder, whose outputs are states of one and
+    the same stream, at the last alone."""
+    return slice(-1 if dictionary.kind == "crosscoder" else 0, None)
+
+
 def auroc_of_tokens(effects: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """How often a claimed token gains more than another of the vocabulary, ties counted half: float32 [prompts].
 
@@ -100,9 +106,8 @@ class _Steering:
 
     def __init__(self, dictionary: SparseDictionary, subject: SubjectModel, prompts: np.ndarray, scale: float):
         self.dictionary, self.subject, self.prompts, self.scale = dictionary, subject, prompts, scale
-        outputs = len(dictionary.sites_out)
-        self.first = outputs - 1 if dictionary.kind == "crosscoder" else 0
-        self.sites = dictionary.sites_out[self.first :]
+        self.outputs = added_outputs(dictionary)
+        self.sites = dictionary.sites_out[self.outputs]
         self.steered = (prompts >= 0) & ~np.isin(prompts, subject.tokenizer.all_special_ids)
         self.norms = self._mean_norms()
         self.clean = self._log_probabilities({})
@@ -110,7 +115,7 @@ class _Steering:
     def rows(self, feature: int) -> "torch.Tensor":
         """What the feature adds at each site, float32 [sites, d_out], of the norm that `scale` asks for."""
         layer, index = self.dictionary.place(feature)
-        rows = self.dictionary.layers[layer].rows(index)[self.first :].float().to(self.norms.device)
+        rows = self.dictionary.layers[layer].rows(index)[self.outputs].float().to(self.norms.device)
         written = rows.norm(dim=1) > 0
         if not written.any():
             return rows
@@ -138,7 +143,7 @@ class _Steering:
         for tokens, mask in self._batches():
             with torch.no_grad(), ExitStack() as edits:
                 for site, row in added.items():
-                    edits.enter_context(editing(model, site, _add(row, mask)))
+                    edits.enter_context(editing(model, site, adding(row, mask)))
                 logits = run_model(model, tokens, logits=True)
                 weights = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
                 mean = torch.einsum("bsv,bs->bv", logits, weights) - (logits.logsumexp(2) * weights).sum(1, keepdim=True)
@@ -152,13 +157,6 @@ class _Steering:
         device = self.subject.resolved_device
         for rows in batches(self.prompts, max(1, BATCH_TOKENS // self.prompts.shape[1])):
             yield torch.from_numpy(self.prompts[rows]).long().to(device), torch.from_numpy(self.steered[rows]).to(device)
-
-
-def _add(row: "torch.Tensor", mask: "torch.Tensor"):
-    """An edit that adds `row` [d] where `mask` [b, s] holds."""
-    import torch
-
-    return lambda acts: torch.where(mask.unsqueeze(-1), (acts.float() + row).to(acts.dtype), acts)
 
 
 def _random_like(rows: "torch.Tensor", seed: list[int]) -> "torch.Tensor":

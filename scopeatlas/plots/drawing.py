@@ -7,6 +7,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scopeatlas.errors import StoreError
+from scopeatlas.rendering.text import plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -35,13 +38,16 @@ def png(drawn: "Figure") -> bytes:
 
 
 def save(drawn: "Figure", path: str | Path) -> Path:
-    """Write the figure as PNG. Raises OSError if the folder is not there or not writable."""
+    """Write the figure as PNG. Raises StoreError if the folder is not there or not writable."""
     target = Path(path)
-    target.write_bytes(png(drawn))
+    try:
+        target.write_bytes(png(drawn))
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror}; name a file in a folder that is there") from error
     return target
 
 
 def shown(text: str, length: int = 60) -> str:
-    """Text for a figure: on one line, cut, and without what matplotlib would take for mathematics."""
-    line = " ".join(text.split()).replace("$", r"\$")
+    """Text for a figure: on one line, cut, without control characters or what matplotlib would take for mathematics."""
+    line = " ".join(plain(text).split()).replace("$", r"\$")
     return line if len(line) <= length else line[: length - 1] + "…"

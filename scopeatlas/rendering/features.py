@@ -19,10 +19,21 @@ from scopeatlas.subject.sites import parse_hook_points
 if TYPE_CHECKING:
     import polars as pl
 
-    from scopeatlas.atlas.search import FeatureHit, SearchResults
+    from scopeatlas.atlas.hits import FeatureHit, SearchResults, Why
     from scopeatlas.evidence import FeatureEvidence, Window
+    from scopeatlas.study.densities import Densities
 
 SEARCH_SNIPPETS = 2
+PLACES = {"text": "words", "token": "trigger", "promoted": "promoted", "coactivation": "fires with"}
+"""Rankings, where they are not called by their own name."""
+FIELDS = {"label": "label", "trigger_tokens": "trigger tokens", "promoted": "promoted tokens"}
+BEST = {
+    "label": "best similarity of a label",
+    "label_with_word": "of one with a word in common",
+    "examples": "of examples",
+    "words": "share of the words in one feature",
+}
+BEST["text"] = BEST["words"]
 SHOWN_SPLITS = {
     "report": "report documents: held out, what the label is scored on",
     "explain": "explain documents: what labels are proposed from",
@@ -30,6 +41,8 @@ SHOWN_SPLITS = {
 TOP_PER_STRATUM = 4
 """One window from each stratum is shown for so many of the strongest."""
 PARTNERS_SHOWN = 5
+BAR = 50
+"""Characters of the longest bar."""
 
 
 def title(hit: "FeatureHit") -> Text:
@@ -67,35 +80,71 @@ def _norms(hit: "FeatureHit") -> str:
     return ", ".join(f"{norm:.3g} at layer {site.layer}" for site, norm in norms if norm > 0)
 
 
-def print_hits(out: Console, results: "SearchResults") -> None:
-    """One block per hit; a weak search says so first."""
-    from scopeatlas.atlas.search import WEAK_SIMILARITY
+def why_line(why: "Why") -> str:
+    """The rankings that a hit stands in with its place and value in each, and the query's words that it holds."""
+    found = [f"{PLACES.get(name, name)} #{place.rank} ({place.value:.2f})" for name, place in why.places.items()]
+    held = [f"{quoted(words)} in {FIELDS[field]}" for field, words in why.words.items()]
+    return " · ".join([*found, *held])
 
-    if not results.hits:
-        out.print(Text(f'Nothing was found for "{plain(results.query)}": no feature passes the filters.'), soft_wrap=True)
-        return
+
+def weakness(results: "SearchResults") -> str:
+    """What the best of a search came to, each beside its cut-off; nothing passes the filters if there is no best."""
+    if not results.nearest:
+        return "no feature that passes the filters has anything of it"
+    best, cutoffs = results.best, results.cutoffs
+    return "; ".join(f"{said} {best[name]:.2f}, under {cutoffs[name]:.2f}" for name, said in BEST.items() if name in best)
+
+
+def _shown(results: "SearchResults") -> "Sequence[FeatureHit]":
+    """The hits, or where nothing was found what is nearest."""
+    return results.nearest if results.is_weak else results.hits
+
+
+def print_hits(out: Console, results: "SearchResults") -> None:
+    """One block per hit; a weak search says so and shows what is nearest."""
     if results.is_weak:
-        reason = f"the best similarity is {results.best_similarity:.2f}, under the cut-off of {WEAK_SIMILARITY:.2f}"
-        what = f'Nothing close was found for "{plain(results.query)}": {reason}. The nearest, probably unrelated:\n'
-        out.print(Text(what), soft_wrap=True)
-    for hit in results:
-        out.print(Text(f"{hit.similarity or 0.0:.2f}  ").append(hit.key, style="cyan"), soft_wrap=True)
+        what = f'Nothing was found for "{plain(results.query)}": {weakness(results)}.'
+        out.print(Text(what + (" The nearest, probably unrelated:\n" if results.nearest else "")), soft_wrap=True)
+    elif not results.hits:
+        out.print(Text(f'No further hits for "{plain(results.query)}" after {results.offset}.'), soft_wrap=True)
+    for place, hit in enumerate(_shown(results), start=results.offset + 1):
+        out.print(Text(f"{place:>3}   ").append(hit.key, style="cyan"), soft_wrap=True)
         out.print(Text("      ").append(title(hit)), soft_wrap=True)
         facts = (score_line(hit), f"fires on {share(hit.density)}", where(hit.kind, hit.site, hit.site_out))
         out.print(Text("      " + " · ".join(facts), style="dim"), soft_wrap=True)
+        if hit.why:
+            out.print(Text("      found by: " + why_line(hit.why), style="dim"), soft_wrap=True)
         for snippet in hit.snippets[:SEARCH_SNIPPETS]:
             out.print(Text("      ").append(marked(snippet)), soft_wrap=True)
         out.print()
 
 
+def hits_html(results: "SearchResults") -> str:
+    """The hits of a search as a table for a notebook."""
+    from scopeatlas.rendering.html import escaped, raw, table
+
+    of = f" of {results.found:,}" if results.found is not None else ""
+    said = f'{len(results)}{of} features for "{results.query}"'
+    if results.is_weak:
+        said = f'nothing was found for "{results.query}": {weakness(results)}; the nearest'
+    rows = []
+    for place, hit in enumerate(_shown(results), start=results.offset + 1):
+        snippets = [escaped(snippet).replace("«", "<b>«").replace("»", "»</b>") for snippet in hit.snippets[:SEARCH_SNIPPETS]]
+        found = why_line(hit.why) if hit.why else ""
+        rows.append(
+            (place, hit.key, title(hit).plain, interval(hit.f1, hit.f1_low, hit.f1_high), found, raw("<br>".join(snippets)))
+        )
+    return table(("", "feature", "label", "F1", "found by", "fires on"), rows, caption=said)
+
+
 def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", *, examples: int) -> None:
     """Everything known of one feature."""
-    out.print(Text(hit.key, style="cyan"), soft_wrap=True)
+    out.print(Text(plain(hit.key), style="cyan"), soft_wrap=True)
     out.print(title(hit), soft_wrap=True)
     facts = [
         ("status", f"{hit.status}, by {hit.method}" if hit.method else hit.status),
-        ("reads", plain(hit.reads)),
-        ("writes", plain(hit.writes)),
+        ("reads", hit.reads),
+        ("writes", hit.writes),
         ("site", f"{where(hit.kind, hit.site, hit.site_out)} of {hit.model}"),
         ("norms", _norms(hit)),
         ("corpus", hit.corpus),
@@ -106,7 +155,7 @@ def print_feature(out: Console, hit: "FeatureHit", evidence: "FeatureEvidence", 
     ]
     for name, value in facts:
         if value:
-            out.print(Text(f"{name:<12}", style="dim").append(Text(value, style="none")), soft_wrap=True)
+            out.print(Text(f"{name:<12}", style="dim").append(Text(plain(value), style="none")), soft_wrap=True)
     out.print()
     _print_scores(out, hit, evidence.scores)
     _print_outcomes(out, evidence)
@@ -216,3 +265,21 @@ def _heading(kind: str, site: str, site_out: str) -> str:
     if kind in MULTI_LAYER:
         return f"{kind} writing {sites(_outputs(kind, site_out))}; 7.123 is feature 123 of the encoder of layer 7"
     return where(kind, site, site_out)
+
+
+def print_densities(out: Console, found: "Densities") -> None:
+    """The histogram as bars of text: a hash for labelled features, a dot for the others."""
+    out.print(Text(found.sae, style="cyan"), soft_wrap=True)
+    most = max(found.bins["features"], default=1)
+    for low, high, features, labelled in found.bins.iter_rows():
+        bar = round(BAR * features / most)
+        named = round(BAR * labelled / most)
+        line = Text(f"{low:8.1e} to {high:7.1e}  {features:>7,}  {labelled:>7,}  ")
+        out.print(line.append("#" * named, style="green").append("." * (bar - named), style="dim"), soft_wrap=True)
+    out.print(
+        Text(
+            f"{found.features:,} features, {found.silent:,} never fired; by share of tokens, all and (#) with a label",
+            style="dim",
+        )
+    )
+    out.print(Text(", ".join(f"{status} {count:,}" for status, count in found.statuses.iter_rows()), style="dim"))

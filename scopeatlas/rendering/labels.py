@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scopeatlas.rendering.text import interval, marked, plain
+from scopeatlas.rendering.text import interval, marked, number, plain
 
 if TYPE_CHECKING:
+    from scopeatlas.atlas.history import FeatureHistory
     from scopeatlas.llm.ledger import Spent
 
 SCORERS = {
@@ -49,6 +50,32 @@ def print_labels(out: Console, labels: Sequence[Mapping[str, Any]]) -> None:
         for outcome, meaning in OUTCOMES.items():
             for found in (found for found in shown if found["outcome"] == outcome):
                 out.print(Text(f"  {meaning:<12}").append(marked(found["text"])), soft_wrap=True)
+
+
+def print_history(out: Console, found: "FeatureHistory") -> None:
+    """A feature over time: what each publication said of it, then every label it was ever given."""
+    out.print(Text(found.key, style="cyan"), soft_wrap=True)
+    published = Table(box=None, pad_edge=False)
+    for name in ("published (UTC)", "generation", "", "status", "by", "F1", "label"):
+        published.add_column(name, overflow="fold")
+    for row in found.published.iter_rows(named=True):
+        when, live = f"{row['published_at']:%Y-%m-%d %H:%M:%S}", "live" if row["live"] else ""
+        said = row["status"] or "pruned"
+        f1 = interval(row["f1"], row["f1_low"], row["f1_high"])
+        published.add_row(when, row["generation"], live, said, row["method"] or "-", f1, Text(plain(row["label"] or "-")))
+    out.print(published)
+    out.print(Text("\nevery label it was given", style="bold"))
+    given = Table(box=None, pad_edge=False)
+    for name in ("by", "version", "status", "", "tested by", "F1", "lift", "label"):
+        given.add_column(name, overflow="fold")
+    for row in found.labels.iter_rows(named=True):
+        tested = SCORERS[row["scorer"]] if row["scorer"] else "-"
+        figures = (interval(row["f1"], row["f1_low"], row["f1_high"]), number(row["lift"]))
+        label = Text(plain(row["label"] or row["reads"] or row["writes"] or "-"))
+        given.add_row(
+            row["method"], plain(row["version"]), row["status"], "current" if row["current"] else "", tested, *figures, label
+        )
+    out.print(given)
 
 
 def print_spent(out: Console, purposes: Mapping[str, "Spent"]) -> None:

@@ -33,7 +33,7 @@ def print_saes(out: Console, saes: "pl.DataFrame") -> None:
             number(row["mean_f1"]),
         ]
         published = f"{row['published_at']:%Y-%m-%d %H:%M}" if row["published_at"] else "-"
-        table.add_row(Text(row["sae"], style="cyan"), Text(row["model"]), row["kind"], *counts, published)
+        table.add_row(Text(row["sae"], style="cyan"), Text(plain(row["model"])), row["kind"], *counts, published)
     out.print(table)
 
 

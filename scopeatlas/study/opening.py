@@ -3,6 +3,7 @@
 What belongs here: getting those three from a store. What does not: any question (the modules beside this one).
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,7 @@ import polars as pl
 
 from scopeatlas.activations.probe import Probe
 from scopeatlas.atlas.search import AtlasReader
-from scopeatlas.atlas.stage import publication_facts
+from scopeatlas.atlas.stage import live_generation, publication_facts
 from scopeatlas.dictionaries.releases import SaeEntry, open_dictionary
 from scopeatlas.dictionaries.sparse import SparseDictionary
 from scopeatlas.errors import NotReadyError
@@ -40,6 +41,13 @@ class OpenSae:
         """Texts through the subject model and this SAE."""
         return Probe(self.dictionary, self.subject)
 
+    def with_rows(self, rows: pl.DataFrame) -> "OpenSae":
+        """The same with other rows; weights and model that are loaded stay loaded."""
+        other = copy(self)
+        for name, value in (("rows", rows), ("corpus", rows["corpus"][0])):
+            object.__setattr__(other, name, value)  # a frozen copy that keeps what its properties have cached
+        return other
+
 
 def open_sae(atlas: AtlasReader, sae: str, *, subject: SubjectModel | None = None, device: str = "auto") -> OpenSae:
     """Open the SAE that `sae` (a key, or enough of one) names in an atlas. Weights and model are loaded when first needed.
@@ -55,7 +63,9 @@ def open_sae(atlas: AtlasReader, sae: str, *, subject: SubjectModel | None = Non
 
 
 def _recorded_subject(store: Store, sae: str, corpus: str, device: str) -> SubjectModel:
-    recipe = publication_facts(store, sae, corpus).get("subject")
+    recipe = publication_facts(store, sae, corpus, live_generation(store, sae)).get("subject")
     if recipe is None:
-        raise NotReadyError(f"the publication of {sae} does not say which subject model it is of; give one (--subject NAME)")
+        raise NotReadyError(
+            f"the publication of {sae} does not say which subject model it is of; publish it again, or open the atlas with subject=SubjectModel(...)"
+        )
     return SubjectModel.from_recipe(recipe, device=device)

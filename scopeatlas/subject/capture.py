@@ -15,7 +15,7 @@ from scopeatlas.subject.sites import Site, resolve, transform_constant
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 class _AllCaptured(Exception):
@@ -45,7 +45,7 @@ def counting_passes() -> Iterator[PassCount]:
 
 
 def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable[Site]) -> dict[Site, "torch.Tensor"]:
-    """Activations [batch, sequence, d] at each site, from one forward pass: in the model's dtype, float32 if transformed.
+    """Activations [batch, sequence, d] at each site, from one forward pass: in the model's dtype, `widened` if transformed.
 
     tokens_bs: int64 [batch, sequence], padded at the end with -1. The pass stops after the last site: later layers
     and the unembedding are never run. Raises SubjectModelError for a site that the model lacks or never reaches.
@@ -56,10 +56,8 @@ def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable
     captured: dict[Site, torch.Tensor] = {}
 
     def keep(site: Site) -> Callable[["torch.Tensor"], None]:
-        transform = _transform(model, site)
-
         def record(activation: torch.Tensor) -> None:
-            captured[site] = transform(activation.detach())
+            captured[site] = activation
             if len(captured) == len(wanted):
                 raise _AllCaptured
 
@@ -67,7 +65,7 @@ def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable
 
     with ExitStack() as hooks, torch.no_grad():
         for site in wanted:
-            hooks.enter_context(_observing(model, site, keep(site)))
+            hooks.enter_context(observing(model, site, keep(site)))
         try:
             run_model(model, tokens_bs, logits=False)
         except _AllCaptured:
@@ -79,13 +77,58 @@ def capture(model: "PreTrainedModel", tokens_bs: "torch.Tensor", sites: Iterable
 def run_model(model: "PreTrainedModel", tokens_bs: "torch.Tensor", *, logits: bool) -> "torch.Tensor":
     """Run the model on end-padded tokens (-1): logits [b, s, vocabulary] in float32, or the last hidden states."""
     is_token = tokens_bs >= 0
-    for count in _counts:
-        count.passes += 1
-        count.tokens += int(is_token.sum())
+    _count(int(is_token.sum()))
     inputs = {"input_ids": tokens_bs.clamp(min=0), "attention_mask": is_token.long(), "use_cache": False}
     if logits:
         return model(**inputs).logits.float()
     return model.base_model(**inputs).last_hidden_state
+
+
+def next_token_logits(model: "PreTrainedModel", tokens_t: "torch.Tensor", *, cache: "Cache | None" = None) -> "torch.Tensor":
+    """Logits [vocabulary] of what follows a sequence int64 [t] without padding, in float32 or the model's wider dtype.
+
+    cache: the keys and values of what comes before these tokens, to which theirs are added.
+    """
+    _count(len(tokens_t))
+    outputs = model(input_ids=tokens_t[None], past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    return widened(outputs.logits[0, -1])
+
+
+def _count(tokens: int) -> None:
+    for count in _counts:
+        count.passes += 1
+        count.tokens += tokens
+
+
+def widened(tensor: "torch.Tensor") -> "torch.Tensor":
+    """The tensor in float32, or as it is in a wider dtype."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def adding(added: "torch.Tensor", mask_bs: "torch.Tensor") -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    """An edit (`editing`) that adds `added`, one [d] or [b, s, d], where `mask_bs` holds, and leaves the rest bit for bit."""
+    import torch
+
+    return lambda acts: torch.where(mask_bs.unsqueeze(-1), (widened(acts) + added).to(acts.dtype), acts)
+
+
+@contextmanager
+def observing(model: "PreTrainedModel", site: Site, record: Callable[["torch.Tensor"], None]) -> Iterator[None]:
+    """Within this context, `record` sees what `capture` gives for `site` in every forward pass, before edits begun later."""
+    transform = _transform(model, site)
+    module, side = resolve(model, site)
+    if side == "output":
+        handle = module.register_forward_hook(lambda _m, _args, out: record(transform(_tensor_of(out).detach())))
+    else:
+        handle = module.register_forward_pre_hook(
+            lambda _m, args, named: record(transform(_input_of(args, named).detach())), with_kwargs=True
+        )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -109,12 +152,24 @@ def editing(model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"
 def _edit_of_raw(
     model: "PreTrainedModel", site: Site, edit: Callable[["torch.Tensor"], "torch.Tensor"]
 ) -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    import torch
+
     if site.transform == "rms_norm":
         raise SubjectModelError(f"{site} can be read but not edited: what it was divided by is lost; edit a site after it")
     if site.transform == "none":
         return edit
     transform, scale = _transform(model, site), transform_constant(model, site)
-    return lambda raw: (edit(transform(raw)) * scale).to(raw.dtype)
+
+    def edit_raw(raw: "torch.Tensor") -> "torch.Tensor":
+        acts = transform(raw)
+        edited = edit(acts)
+        scaled = edited * scale
+        # What is divided and multiplied again has lost digits: where the edit changed nothing they are put back. They are added,
+        # not put in its place, so that a gradient still reaches what the edit added, be it zero.
+        lost = torch.where(edited == acts, raw - scaled, 0).detach()
+        return (scaled + lost).to(raw.dtype)
+
+    return edit_raw
 
 
 def _transform(model: "PreTrainedModel", site: Site) -> Callable[["torch.Tensor"], "torch.Tensor"]:
@@ -123,24 +178,11 @@ def _transform(model: "PreTrainedModel", site: Site) -> Callable[["torch.Tensor"
     if site.transform == "rms_norm":
 
         def divide_by_root_mean_square(raw: "torch.Tensor") -> "torch.Tensor":
-            x = raw.float()
+            x = widened(raw)
             return x * (x.square().mean(-1, keepdim=True) + constant).rsqrt()
 
         return divide_by_root_mean_square
-    return (lambda raw: raw) if site.transform == "none" else (lambda raw: raw.float() / constant)
-
-
-@contextmanager
-def _observing(model: "PreTrainedModel", site: Site, record: Callable[["torch.Tensor"], None]) -> Iterator[None]:
-    module, side = resolve(model, site)
-    if side == "output":
-        handle = module.register_forward_hook(lambda _m, _args, out: record(_tensor_of(out)))
-    else:
-        handle = module.register_forward_pre_hook(lambda _m, args, named: record(_input_of(args, named)), with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return (lambda raw: raw) if site.transform == "none" else (lambda raw: widened(raw) / constant)
 
 
 def _input_of(args: "tuple[torch.Tensor, ...]", named: "dict[str, torch.Tensor]") -> "torch.Tensor":

@@ -31,15 +31,18 @@ class Conversation:
     roles: np.ndarray
 
 
-def tokenize_conversation(turns: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase") -> Conversation:
+def tokenize_conversation(
+    turns: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizerBase", *, reply: bool = False
+) -> Conversation:
     """The tokens of (role, text) turns through the chat template, texts stripped as Gemma's templates do.
 
+    reply: followed by what the template puts before the model's next turn, for it to write.
     A system text that the template refuses or drops (Gemma 2) is put before the first user text, as Gemma 3's own
     template does. Special tokens that a text happens to spell are split into plain ones. Raises SubjectModelError if
     there is no chat template, if it refuses the turns, or for a role that is none of user, assistant and system.
     """
     roles = [ROLES.index(_known_role(role)) for role, _ in turns]
-    literals = _rendered_frame(roles, tokenizer)
+    literals = _rendered_frame(roles, tokenizer, reply)
     texts = [text.strip() for _, text in turns]
     # The template spells BOS itself where it wants one: adding special tokens here would make it two.
     pieces = [(TEMPLATE, _token_ids(tokenizer, literals[0], split_special_tokens=False))]
@@ -65,7 +68,7 @@ def _known_role(role: str) -> str:
     return name
 
 
-def _rendered_frame(roles: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _rendered_frame(roles: list[int], tokenizer: "PreTrainedTokenizerBase", reply: bool) -> list[str]:
     """What the template writes before, between and after the turns' texts: one piece more than there are turns.
 
     It is rendered with a mark for each text, not with the texts, so that a text saying "user" is not taken for the
@@ -82,7 +85,7 @@ def _rendered_frame(roles: list[int], tokenizer: "PreTrainedTokenizerBase") -> l
     refusal = "it leaves out a turn"
     for attempt in (messages, _system_folded(messages)):
         try:
-            rendered = str(tokenizer.apply_chat_template(attempt, tokenize=False))
+            rendered = str(tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=reply))
         except TemplateError as error:
             refusal = str(error)
             continue

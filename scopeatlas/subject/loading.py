@@ -60,7 +60,7 @@ class SubjectModel:
         return any(names_same_model(model_name, name) for name in (self.name, *self.serves))
 
     def recipe(self) -> dict[str, Any]:
-        """What another process needs to load the same model again, as JSON; where on a machine it runs is not part of it."""
+        """What another process needs to load the same model again, as JSON; the device that it runs on is not part of it."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -68,12 +68,17 @@ class SubjectModel:
             "serves": list(self.serves),
             "random_seed": self.random_seed,
             "batch_tokens": self.batch_tokens,
+            "cache": str(self.cache.resolve()),
         }
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any], *, device: str = "auto") -> "SubjectModel":
-        """The model that `recipe` wrote down."""
-        return cls(**{**recipe, "serves": tuple(recipe["serves"])}, device=device)
+        """The model that `recipe` wrote down; where a GGUF lies unpacked on this machine, it is not unpacked again."""
+        body: dict[str, Any] = {**recipe, "serves": tuple(recipe["serves"]), "device": device}
+        cache = Path(body.pop("cache"))
+        if cache.is_dir():
+            body["cache"] = cache
+        return cls(**body)
 
     @cached_property
     def folder(self) -> str:

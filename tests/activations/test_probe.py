@@ -6,12 +6,17 @@ import torch
 
 from scopeatlas.activations import probe as probe_module
 from scopeatlas.activations.cache import activation_keys
-from scopeatlas.activations.probe import Probe, TextActivations
+from scopeatlas.activations.probe import Probe, TextActivations, checked_text, shared_activations
 from scopeatlas.activations.shards import read_shard, round_values
 from scopeatlas.dictionaries.releases import load_folder, open_dictionary
+from scopeatlas.errors import ConfigError, SubjectModelError
+from scopeatlas.subject.capture import counting_passes
 from scopeatlas.subject.vocabulary import token_texts
 from tests.conftest import REPOSITORY, Stored, entry_of
 from tests.multi_layer import multi_layer_tensors, seen_at, write_multi_layer
+from tests.study.lettered import LETTERS, MARKUP, letter_probe
+from tests.study.tiny_opened import tiny_subject
+from tests.tiny_models import tiny_tokenizer
 
 DEMO = REPOSITORY / "demo" / "releases" / "scope-atlas-demo-gemma-3-270m" / "resid_post" / "layer_9_width_2k_l0_medium"
 
@@ -147,3 +152,89 @@ def test_a_multi_layer_kind_is_read_at_all_its_sites(kind, small_corpus, subject
     )
     threshold = torch.cat([t["threshold"].double() for t in shards])
     assert same(dense(found, dictionary.width), torch.where(pre > threshold, pre, 0.0).numpy())
+
+
+CHAT = [{"role": "system", "content": "c"}, {"role": "user", "content": "ab\nb"}, {"role": "assistant", "content": "a."}]
+
+
+@pytest.fixture
+def letters(rng) -> Probe:
+    return letter_probe(tiny_subject(rng), {})
+
+
+def test_every_token_of_a_conversation_has_the_role_of_who_says_it(letters):
+    text, chat = letters.activations(["ab", CHAT])
+    assert text.roles == ("text", "text") and len(chat.roles) == len(chat.tokens)
+    by_role = {role: "".join(t for t, r in zip(chat.tokens, chat.roles, strict=True) if r == role) for role in set(chat.roles)}
+    assert by_role["system"] == "c" and by_role["user"] == "ab\nb" and by_role["assistant"] == "a."
+    turns = [f"<|im_start|>{name}\n{{}}<|im_end|>\n".format("") for name in ("system", "user", "assistant")]
+    assert by_role["template"] == "".join(turns)
+
+
+def test_what_the_template_adds_never_fires_and_the_same_text_said_does(letters):
+    (chat,) = letters.activations([CHAT])
+    fired = [(chat.tokens[at], chat.roles[at], feature) for at, feature in zip(chat.position, chat.feature, strict=True)]
+    said = [("c", "system", 2), *(("a", "user", 0), ("b", "user", 1), ("\n", "user", MARKUP), ("b", "user", 1))]
+    assert fired == [*said, ("a", "assistant", 0), (".", "assistant", LETTERS.index("."))]
+
+
+def test_a_long_conversation_is_read_in_consecutive_contexts(letters, monkeypatch):
+    (whole,) = letters.activations([CHAT])
+    monkeypatch.setattr(probe_module, "CONTEXT_TOKENS", 9)
+    (cut,) = letters.activations([CHAT])
+    assert len(whole.tokens) > 30 and (cut.tokens, cut.roles) == (whole.tokens, whole.roles)
+    for column in ("feature", "position", "value"):
+        assert (getattr(cut, column) == getattr(whole, column)).all()
+
+
+def test_without_bos_the_first_token_of_a_context_does_not_count(rng, monkeypatch):
+    subject = tiny_subject(rng)
+    probe = letter_probe(subject, {})
+    vars(subject)["tokenizer"] = tiny_tokenizer()
+    monkeypatch.setattr(probe_module, "CONTEXT_TOKENS", 3)
+    (found,) = probe.activations(["ababa"])
+    assert found.tokens == list("ababa") and found.roles == ("template", "text", "text", "template", "text")
+    assert found.position.tolist() == [1, 2, 4]
+
+
+TURN = {"role": "user", "content": "ab"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[], TURN, [{"role": "user"}], [{"content": "a"}], [TURN, {"role": "user", "content": ["a"]}], ["a", "b"], None, 3, b"ab"],
+    ids=str,
+)
+def test_what_is_neither_text_nor_conversation_is_refused_by_its_number(letters, wrong):
+    with pytest.raises(ConfigError, match='^a conversation is turns like {"role": "user"'):
+        checked_text(wrong)
+    with pytest.raises(ConfigError, match="^text 1: a conversation is turns like"):
+        letters.activations(["a", wrong])
+
+
+def test_a_role_that_nobody_has_is_refused_by_the_texts_number(letters):
+    with pytest.raises(SubjectModelError, match="text 0: a turn's role is user, assistant or system, not 'tool'"):
+        letters.activations([[{"role": "tool", "content": "a"}]])
+
+
+def test_half_a_surrogate_is_read_as_a_question_mark(letters):
+    assert checked_text("a\udcff") == "a?" and checked_text("\U0001f642") == "\U0001f642"
+    assert checked_text(({"role": "user", "content": "\ud800b", "name": "x"},)) == [{"role": "user", "content": "?b"}]
+    text, chat = letters.activations(["a\udcff b", [{"role": "user", "content": "\ud800b"}]])
+    assert "".join(text.tokens) == "a? b" and "?b" in "".join(chat.tokens)
+
+
+def test_several_saes_are_read_in_one_pass(letters):
+    other = letter_probe(letters.subject, {"a": 4.0})
+    with counting_passes() as passes:
+        together = shared_activations(["ab", CHAT], [letters, other])
+    assert passes.passes == 1
+    for found, probe in zip(together, (letters, other), strict=True):
+        for mine, alone in zip(found, probe.activations(["ab", CHAT]), strict=True):
+            assert mine.tokens == alone.tokens and (mine.value == alone.value).all() and (mine.feature == alone.feature).all()
+
+
+def test_whoever_looks_on_sees_every_token_that_counts_once(letters):
+    seen = []
+    letters.activations(["abc", "", CHAT], seen=lambda batch, text: seen.extend(text.tolist()))
+    assert sorted(seen) == [0] * 3 + [2] * len("cab\nba.")

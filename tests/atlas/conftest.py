@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from scopeatlas.atlas.embedding import Embedder, EmbeddingCache
+from scopeatlas.atlas.rows import feature_vectors
 from scopeatlas.atlas.tables import FEATURE_ROW, SCORES
 
 TEXTS = {
@@ -68,7 +69,16 @@ def feature_rows(sae: str, texts: list[str] | None = None) -> pl.DataFrame:
         row |= dict.fromkeys(("site", "site_out"), f"model.layers.{row['layer']}.output") | {"decoder_norms": [1.0]}
         row |= {"label": text, "search_text": text}
         row |= {"status": "ok" if text else "dead", "method": "rule" if text else "", "reads": text}
-        row |= {"trigger_tokens": text.split()[:3], "promoted": [], "suppressed": ["the"], "density": 0.01, "max_activation": 7.5}
+        row |= {"example_text": text and f"{text} and more"}
+        tokens = text.split()[:3]
+        row |= {
+            "trigger_tokens": tokens,
+            "trigger_shares": [0.5, 0.3, 0.2][: len(tokens)],
+            "promoted": [],
+            "suppressed": ["the"],
+            "density": 0.01,
+            "max_activation": 7.5,
+        }
         scored = 0.05 * feature if text and feature % 5 else None
         row |= dict.fromkeys(SCORES, scored) | {
             "scorer": "rule_execution" if scored is not None else "",
@@ -90,8 +100,8 @@ def cache(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Embed
 
 @pytest.fixture(scope="session")
 def vectors_of(cache: EmbeddingCache):
-    def of(rows: pl.DataFrame) -> np.ndarray:
-        return cache.embed(rows["search_text"].to_list())
+    def of(rows: pl.DataFrame) -> dict[str, np.ndarray]:
+        return feature_vectors(rows, cache)
 
     return of
 

@@ -97,7 +97,7 @@ def test_every_feature_has_a_decoder_norm_for_each_output_layer(built, entry):
 
 
 def test_what_a_feature_fires_on_is_labelled_scored_and_found(built, entry):
-    hit = built.atlas.search("the word of", k=1, sae=entry.key)[0]
+    hit = built.atlas.search("of", by="token", k=1, sae=entry.key)[0]
     assert (hit.layer, hit.index, hit.feature) == (LAYERS[entry.path][POSITION], INDEX, FLAT)
     assert (hit.status, hit.method) == ("ok", "rule") and "of" in hit.label
     assert hit.f1 is not None and hit.f1 > 0.8 > 0.4 > (hit.shuffled_f1 or 0)
@@ -121,7 +121,7 @@ def test_the_command_line_names_features_by_layer_and_says_what_they_write(built
     assert any(line.startswith(f"site {kind} reading") and outputs in line for line in lines)
     assert f"norms 1 at layer {LAYERS[kind][1]}, 0.5 at layer {last}" in lines
     assert json.loads(built.run("show", entry.key, name, "--json"))["examples"]
-    assert f"{entry.key}/{name}" in built.run("search", "the word of", "--sae", entry.key, "-k", "1")
+    assert f"{entry.key}/{name}" in built.run("search", "of", "--by", "token", "--sae", entry.key, "-k", "1")
     listed = built.run("ls", entry.key, "--limit", "100")
     assert f"{kind} writing {outputs}" in listed and any(line.split()[:1] == [name] for line in listed.splitlines())
     row = next(line for line in built.run("ls").splitlines() if line.startswith(entry.key))

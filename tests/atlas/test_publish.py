@@ -2,13 +2,14 @@ import os
 import shutil
 import time
 
+import numpy as np
 import polars as pl
 import pytest
 
 from scopeatlas.atlas import publish as publishing
 from scopeatlas.atlas.embedding import Embedder
 from scopeatlas.atlas.publish import maintain, publish, republish, sweep_unfinished
-from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, open_table
+from scopeatlas.atlas.tables import FEATURES, PUBLICATIONS, VECTORS, open_table
 from scopeatlas.errors import AtlasError, NotReadyError
 from tests.atlas.conftest import MLP, RES, TEXTS, feature_rows
 
@@ -35,7 +36,7 @@ def put(store, embedder, vectors_of):
 def test_the_table_holds_the_rows_that_were_given(store):
     found = table(store).sort("key")
     given = pl.concat([feature_rows(sae) for sae in TEXTS]).sort("key")
-    assert found.drop("vector", "generation").equals(given)
+    assert found.drop(*VECTORS, "generation", "terms").equals(given)
     ledger = table(store, PUBLICATIONS)
     assert set(ledger["sae"]) == set(TEXTS) and ledger["rows"].to_list() == [20, 20] and set(ledger["corpus"]) == {"c1"}
 
@@ -126,8 +127,10 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, embedder, vectors_of, change
 
 def test_vectors_must_match_the_rows(tmp_path, embedder, vectors_of):
     rows = feature_rows(RES)
-    with pytest.raises(AtlasError, match="one finite vector per row"):
-        publish(rows, vectors_of(rows)[:-1], root=tmp_path, folder=tmp_path / "f", embedder=embedder)
+    for wrong in (vectors_of(rows)["vector"][:-1], vectors_of(rows)["vector"] * np.nan):
+        for name in VECTORS:
+            with pytest.raises(AtlasError, match="one finite vector per row"):
+                publish(rows, vectors_of(rows) | {name: wrong}, root=tmp_path, folder=tmp_path / "f", embedder=embedder)
 
 
 def test_indexes_are_built_and_upkeep_keeps_the_rows(store, put, monkeypatch):
@@ -136,11 +139,15 @@ def test_indexes_are_built_and_upkeep_keeps_the_rows(store, put, monkeypatch):
     assert indexed == {
         "key": "BTree",
         "feature": "BTree",
+        "density": "BTree",
+        "f1": "BTree",
+        "f1_low": "BTree",
         "sae": "Bitmap",
+        "release": "Bitmap",
+        "layer": "Bitmap",
         "status": "Bitmap",
         "method": "Bitmap",
-        "label": "FTS",
-        "search_text": "FTS",
+        "terms": "FTS",
     }
     monkeypatch.setattr(publishing, "_SMALL_FRAGMENTS", 2)
     put(feature_rows(RES, ["tulips"]))

@@ -33,7 +33,7 @@ if where != "none":
         setattr(owner, where, lambda *a, **k: (threading.Timer(float(detail), die).start(), real(*a, **k))[1])
     else:
         setattr(owner, where, die)
-publishing.publish(rows, np.load(sys.argv[3]), root=root, folder=root / "saes" / rows["sae"][0], embedder=Embedder())
+publishing.publish(rows, dict(np.load(sys.argv[3])), root=root, folder=root / "saes" / rows["sae"][0], embedder=Embedder())
 """
 MOMENTS = [
     "write_table:after",  # a temporary file beside the generation
@@ -46,7 +46,7 @@ MOMENTS = [
     "_append",
     "_append:after",
 ]
-FIRST_MOMENTS = ["_tables:after", "_merge:0.005", "_build_indexes:0.02"]  # in a store that has no atlas yet
+FIRST_MOMENTS = ["_tables:after", "_merge:0.005", "build_indexes:0.02"]  # in a store that has no atlas yet
 CASES = [(moment, False) for moment in MOMENTS] + [(moment, True) for moment in FIRST_MOMENTS]
 CHANGED = [*TEXTS[RES][:7], "tulips and roses", *TEXTS[RES][8:17]]
 
@@ -54,8 +54,8 @@ CHANGED = [*TEXTS[RES][:7], "tulips and roses", *TEXTS[RES][8:17]]
 def start(root, rows, vectors, moment, scratch):
     name = rows["sae"][0]
     rows.write_parquet(scratch / f"{name}.parquet")
-    np.save(scratch / f"{name}.npy", vectors)
-    arguments = [str(root), str(scratch / f"{name}.parquet"), str(scratch / f"{name}.npy"), moment]
+    np.savez(scratch / f"{name}.npz", **vectors)
+    arguments = [str(root), str(scratch / f"{name}.parquet"), str(scratch / f"{name}.npz"), moment]
     return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], stderr=subprocess.PIPE)
 
 
@@ -90,7 +90,7 @@ def test_a_killed_publication_converges(published, tmp_path, embedder, vectors_o
     assert contents(killed).equals(contents(unhurt)) and newest(killed) == newest(unhurt)
     assert again.reused == (moment == "_append:after") or moment[-1].isdigit()  # a timer may go off after the last step
     assert publish(rows, vectors, root=killed, folder=killed / "saes" / RES, embedder=embedder).reused
-    assert len(open_table(killed, FEATURES).list_indices()) == 7
+    assert len(open_table(killed, FEATURES).list_indices()) == 11
 
 
 def test_a_table_whose_creation_was_killed_is_created_again(tmp_path, embedder, vectors_of):

@@ -128,8 +128,8 @@ def test_features_without_evidence_have_no_search_text(planted, feature, status)
 def test_whether_a_refused_feature_has_a_search_text_is_a_matter_of_its_evidence(planted, status):
     is_random = pl.col("feature") == RANDOM
     labels = planted.labels.with_columns(status=pl.when(is_random).then(pl.lit(status)).otherwise("status"))
-    text = planted.rows(labels).row(RANDOM, named=True)["search_text"]
-    assert bool(text) == (status in {"incoherent", "dense"})
+    row = planted.rows(labels).row(RANDOM, named=True)
+    assert bool(row["search_text"]) == bool(row["example_text"]) == (status in {"incoherent", "dense"})
 
 
 def test_a_search_text_holds_the_label_and_the_words_the_feature_fires_on(planted):
@@ -159,6 +159,22 @@ def test_where_report_documents_have_none_snippets_are_of_select_documents(plant
 
 def test_where_only_explain_documents_have_windows_they_are_shown(planted):
     assert planted.rows().row(RARE, named=True)["snippets"] == planted.top(RARE, "explain")[:SNIPPETS]
+
+
+def test_trigger_shares_are_of_the_strongest_peaks(planted):
+    rows = planted.rows()
+    assert rows.row(EXACT, named=True)["trigger_shares"] == [1.0]
+    strongest = planted.windows.filter(pl.col("feature") == RANDOM, pl.col("kind") == "top")
+    strongest = strongest.sort("peak", "context_id", descending=[True, False]).head(10)
+    at_peaks = [texts[at].strip() or texts[at] for texts, at in strongest.select("texts", "peak_at").iter_rows()]
+    row = rows.row(RANDOM, named=True)
+    expected = [at_peaks.count(token) / len(at_peaks) for token in row["trigger_tokens"]]
+    assert row["trigger_shares"] == pytest.approx(expected) and len(expected) > 1
+
+
+def test_an_example_text_is_the_snippets_without_their_marks(planted):
+    row = planted.rows().row(EXACT, named=True)
+    assert row["example_text"] == "\n".join(row["snippets"]).replace("«", "").replace("»", "") != ""
 
 
 def test_snippets_mark_the_tokens_that_fire(planted):

@@ -337,15 +337,25 @@ def test_a_cache_with_a_file_without_non_zeros_is_read(tmp_path, dense):
 
 def test_import_and_export_from_the_command_line(tmp_path, dense, entry, tiny):
     source = cache(tmp_path / "layers.1", dense, model_name="")
-    common = ["--store", str(tmp_path / "store"), "delphi"]
-    ran = CliRunner().invoke(cli, [*common, "import", str(source), entry.folder, "--model", tiny.name])
+    common = ["--store", str(tmp_path / "store")]
+    ran = CliRunner().invoke(cli, [*common, "import", "delphi", str(source), entry.folder, "--model", tiny.name])
     assert ran.exit_code == 0, ran.output
     assert "0 of 50 rows begin with BOS" in ran.output
     key = Store(tmp_path / "store").registered()[0]
-    ran = CliRunner().invoke(cli, [*common, "export", key, str(tmp_path / "latents"), "--model", tiny.name, "--splits", "3"])
+    ran = CliRunner().invoke(
+        cli, [*common, "export", "delphi", key, str(tmp_path / "latents"), "--model", tiny.name, "--splits", "3"]
+    )
     assert ran.exit_code == 0, ran.output
     exported = tmp_path / "latents" / "sae"
+    said = CliRunner().invoke(cli, [*common, "import", "delphi", str(source), entry.folder, "--model", tiny.name, "--json"])
+    made = json.loads(said.stdout)
+    corpus = Store(tmp_path / "store").corpora_of(key)[0]
+    assert (made["sae"], made["corpus"], made["contexts"], made["rows_that_begin_with_bos"]) == (key, corpus, 50, 0)
+    assert made["nonzeros"] + made["left_out"] == np.count_nonzero(as_delphi_keeps(dense.latents))
+    again = str(tmp_path / "again")
+    said = CliRunner().invoke(cli, [*common, "export", "delphi", key, again, "--model", tiny.name, "--splits", "3", "--json"])
+    assert json.loads(said.stdout) == {"folder": f"{again}/sae", "sae": key, "corpus": corpus, "splits": 3}
     assert (exported / "0_12.safetensors").read_bytes() == (source / "0_12.safetensors").read_bytes()
     truncate(source)
-    ran = CliRunner().invoke(cli, [*common, "import", str(source), entry.folder, "--model", tiny.name])
+    ran = CliRunner().invoke(cli, [*common, "import", "delphi", str(source), entry.folder, "--model", tiny.name])
     assert ran.exit_code == 2 and "0_12.safetensors is truncated" in ran.output and "Traceback" not in ran.output

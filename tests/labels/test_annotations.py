@@ -3,7 +3,7 @@
 import pytest
 
 from scopeatlas.errors import ConfigError, StoreError, UnknownSaeError
-from scopeatlas.labels.annotations import annotate, read_annotations, retract
+from scopeatlas.labels.annotations import annotate, imported_label, read_annotations, retract, take_in
 from scopeatlas.storage.store import Store
 
 SAE, CORPUS = "toy.one", "small-1"
@@ -96,6 +96,19 @@ def test_an_annotation_that_says_nothing_is_refused(store, path, reads):
 def test_a_text_beyond_all_measure_is_refused(store):
     with pytest.raises(ConfigError, match="at most 2000"):
         say(store, 2, "x" * 2001)
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(store):
+    made = say(store, 2, "a\ud800b", "ann\udfff")
+    assert (made.reads, made.version) == ("a?b", "human:ann?")
+    assert retract(store, CORPUS, SAE, 2, author="ann\udfff") == made
+
+
+def test_of_labels_taken_in_together_the_last_of_a_version_stands(store):
+    labels = [imported_label(2, text, version="imported:x:1", provenance={"x": "\ud800"}) for text in ("one", "two")]
+    assert take_in(store, CORPUS, SAE, labels) == [labels[1]]
+    assert take_in(store, CORPUS, SAE, labels) == []
+    assert read_annotations(store, CORPUS, SAE) == [labels[1]] and labels[1].provenance == '{"x": "?"}'
 
 
 def test_an_sae_that_nobody_knows_cannot_be_annotated(store):

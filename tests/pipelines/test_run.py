@@ -71,8 +71,16 @@ def test_the_atlas_holds_every_feature_once_and_answers(finished: World):
     rows = table(finished.store_root)
     assert rows["key"].n_unique() == len(rows)
     assert set(rows["sae"]) == set(finished.keys)
-    results = open_atlas(str(finished.store_root)).search("the", k=3)
-    assert len(results) == 3 and results.to_polars()["similarity"].is_sorted(descending=True)
+    scores = [hit.score or 0.0 for hit in open_atlas(str(finished.store_root)).search("the", k=3).nearest]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
+def test_a_small_atlas_has_no_vector_index_and_passes_its_check(finished: World):
+    key = dg.AssetCheckKey(dg.AssetKey("feature_index"), "index_finds_the_nearest")
+    record = finished.instance.event_log_storage.get_latest_asset_check_execution_by_key([key])
+    (found,) = record.values()
+    evaluation = found.event.dagster_event.asset_check_evaluation_data  # type: ignore[union-attr]
+    assert evaluation.passed and "search is exact" in evaluation.metadata["indexed"].value
 
 
 def test_status_calls_a_finished_sae_complete(finished: World):

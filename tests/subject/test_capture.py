@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from scopeatlas.errors import SubjectModelError
-from scopeatlas.subject.capture import batches, capture, counting_passes, editing, run_model
+from scopeatlas.subject.capture import adding, batches, capture, counting_passes, editing, run_model
 from scopeatlas.subject.sites import Site, parse_hook_point, resolve
+from tests.tiny_models import VOCABULARY, tiny_gemma2
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,48 @@ def test_an_edit_that_returns_its_input_changes_no_logit(tokens, subject):
         with editing(subject.model, Site(2, "", "output"), lambda acts: acts):
             assert torch.equal(run_model(subject.model, tokens[:1], logits=True), clean)
     assert clean.dtype == torch.float32 and clean.shape[:2] == (1, 64)
+
+
+SCALED, UNSCALED = (parse_hook_point(f"model.embed_tokens.output{end}") for end in ("", ".unscaled"))
+
+
+@pytest.fixture
+def tiny(rng):
+    """A model whose embedding is scaled, and int64 [3, 16] of tokens for it."""
+    return tiny_gemma2(int(rng.integers(1 << 31))), torch.from_numpy(rng.integers(0, VOCABULARY, (3, 16)))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-13), (torch.bfloat16, 1e-2)], ids=str)
+def test_what_is_not_edited_at_a_scaled_site_stays_as_it_is(tiny, dtype, rtol):
+    model, tokens = tiny[0].to(dtype), tiny[1]
+    clean = torch.randn(3, 16, 32, dtype=dtype)  # not itself a product with the scale, which division undoes
+    chosen = torch.zeros(tokens.shape, dtype=torch.bool)
+    chosen[:, 3:7] = True
+    added = torch.randn(clean.shape[-1], dtype=torch.promote_types(dtype, torch.float32))
+    with editing(model, SCALED, lambda _: clean), editing(model, UNSCALED, adding(added, chosen)):
+        edited = capture(model, tokens, [SCALED])[SCALED]
+    assert edited.dtype == dtype and torch.equal(edited[~chosen], clean[~chosen])
+    scale = float(model.get_input_embeddings().embed_scale)
+    expected = clean[chosen].double() + added.double() * scale
+    torch.testing.assert_close(edited[chosen].double(), expected, rtol=rtol, atol=10 * rtol)
+
+
+def test_what_replaces_a_scaled_site_is_scaled_to_the_bit(tiny):
+    model, tokens = tiny
+    other = torch.randn(3, 16, 32)
+    with editing(model, UNSCALED, lambda _: other):
+        assert torch.equal(capture(model, tokens, [SCALED])[SCALED], other * float(model.get_input_embeddings().embed_scale))
+
+
+def test_a_zero_added_at_a_scaled_site_has_its_gradient(tiny):
+    model, tokens = tiny[0].double(), tiny[1]
+    gradients = []
+    for site in (SCALED, UNSCALED):
+        zero = torch.zeros(32, dtype=torch.float64, requires_grad=True)
+        with editing(model, site, lambda acts, zero=zero: acts + zero):
+            gradients += torch.autograd.grad(run_model(model, tokens, logits=True)[..., 5].sum(), zero)
+    torch.testing.assert_close(gradients[1], gradients[0] * float(model.get_input_embeddings().embed_scale))
+    assert gradients[0].abs().max() > 1e-3
 
 
 def test_sites_of_every_sort_come_from_one_pass(tokens, subject, hidden_states):
